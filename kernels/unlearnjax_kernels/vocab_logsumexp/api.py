@@ -1,0 +1,63 @@
+"""The public op: differentiable in the hidden states, and in the head where it trains."""
+
+import functools
+
+import jax
+from jaxtyping import Array, Float
+
+from unlearnjax_kernels.vocab_logsumexp import xla
+
+DEFAULT_CHUNK = 8192
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _logsumexp(hidden: Array, head: Array, chunk: int, train_head: bool) -> Array:
+    return xla.logsumexp_and_mean(hidden, head, chunk, with_mean=False)[0]
+
+
+def _forward(hidden: Array, head: Array, chunk: int, train_head: bool) -> tuple[Array, tuple]:
+    value, mean = xla.logsumexp_and_mean(hidden, head, chunk, with_mean=True)
+    # The residual is [tokens, hidden]; the head's own gradient, where asked for, forms its logits once more.
+    return value, (mean, hidden, (head, value) if train_head else None)
+
+
+def _backward(chunk: int, train_head: bool, residual: tuple, cotangent: Array) -> tuple[Array, Array | None]:
+    mean, hidden, again = residual
+    to_hidden = (cotangent[:, None] * mean).astype(hidden.dtype)
+    if again is None:
+        return to_hidden, None
+    head, value = again
+    return to_hidden, xla.head_gradient(hidden, head, value, cotangent, chunk).astype(head.dtype)
+
+
+_logsumexp.defvjp(_forward, _backward)
+
+
+def vocab_logsumexp(
+    hidden: Float[Array, "*lead hidden"],
+    head: Float[Array, "vocab hidden"],
+    *,
+    chunk: int = DEFAULT_CHUNK,
+    train_head: bool = False,
+) -> Float[Array, "*lead"]:
+    """log sum_v exp(hidden . head_v), float32.
+
+    Args:
+      hidden: final hidden states, any leading axes.
+      head: the output embedding.
+      chunk: vocabulary rows per pass; at most [tokens, chunk] logits exist at a time.
+      train_head: also give a gradient to `head` (one more product); otherwise `head` counts as a constant.
+    """
+    lead = hidden.shape[:-1]
+    return _logsumexp(hidden.reshape(-1, hidden.shape[-1]), head, min(chunk, head.shape[0]), train_head).reshape(lead)
+
+
+def vocab_logsumexp_and_mean(
+    hidden: Float[Array, "*lead hidden"], head: Float[Array, "vocab hidden"], *, chunk: int = DEFAULT_CHUNK
+) -> tuple[Float[Array, "*lead"], Float[Array, "*lead hidden"]]:
+    """`vocab_logsumexp` and the mean of the head's rows under softmax (its gradient), both float32. Not differentiable."""
+    lead = hidden.shape[:-1]
+    flat = jax.lax.stop_gradient(hidden.reshape(-1, hidden.shape[-1]))
+    value, mean = xla.logsumexp_and_mean(flat, head, min(chunk, head.shape[0]), with_mean=True)
+    assert mean is not None
+    return value.reshape(lead), mean.reshape(hidden.shape)

@@ -1,0 +1,12 @@
+"""The obvious numpy rendering, in float64: form all logits, then reduce."""
+
+import numpy as np
+
+
+def vocab_logsumexp_and_mean(hidden: np.ndarray, head: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """hidden [..., D], head [V, D] -> log-sum-exp of the logits [...] and the head's mean under softmax [..., D]."""
+    logits = hidden.astype(np.float64) @ head.astype(np.float64).T
+    top = logits.max(-1, keepdims=True)
+    weights = np.exp(logits - top)
+    total = weights.sum(-1, keepdims=True)
+    return (np.log(total) + top)[..., 0], (weights / total) @ head.astype(np.float64)

@@ -1,0 +1,86 @@
+"""The exact k-th largest magnitude against np.partition, also on the numbers that break float comparisons."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from unlearnjax_kernels.threshold import api, reference, shapes
+
+
+def leaves_of(name: str, dtype=np.float32) -> list[np.ndarray]:
+    rng = np.random.default_rng(7)
+    return [np.asarray(jnp.asarray(rng.normal(size=shape), dtype)) for shape in shapes.SMALL[name]]
+
+
+def entries(leaves: list[np.ndarray]) -> int:
+    return sum(leaf[0].size for leaf in leaves)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", shapes.SMALL)
+def test_equals_partition(name, dtype):
+    leaves = leaves_of(name, dtype)
+    size = entries(leaves)
+    for k in sorted({0, 1, size // 5, size // 2, size - 1, size, size + 3}):
+        found = np.asarray(api.kth_magnitude(leaves, k))
+        np.testing.assert_array_equal(found, reference.kth_magnitude(leaves, k))
+        if dtype == jnp.float32:  # tie-free
+            flat = np.concatenate([reference.magnitude_bits(x).reshape(len(x), -1) for x in leaves], axis=1)
+            np.testing.assert_array_equal((flat >= found[:, None]).sum(axis=1), min(k, size))
+
+
+def test_the_reference_is_a_sort():
+    x = np.array([[0.5, -3.0, 2.0, -0.25]], np.float32)
+    assert [api.to_float(reference.kth_magnitude([x], k)).item() for k in (1, 2, 3)] == [3.0, 2.0, 0.5]
+    np.testing.assert_array_equal(api.kth_magnitude(x, 2, implementation="reference"), api.kth_magnitude(x, 2))
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 6, 8])
+def test_zeros_equal_magnitudes_and_denormals(k):
+    x = np.array([[0.0, -0.0, 1e-45, -3e-42, 3e-42, 1.0, -1.0, 1.0], [0.0] * 8], np.float32)
+    np.testing.assert_array_equal(api.kth_magnitude(x, k), reference.kth_magnitude([x], k))
+
+
+def test_ties_with_the_kth_are_all_kept():
+    x = np.array([[2.0, -1.0, 1.0, 1.0, 0.5]], np.float32)
+    kept = api.magnitude_bits(x) >= api.kth_magnitude(x, 2)[:, None]
+    np.testing.assert_array_equal(kept, [[True, True, True, True, False]])
+
+
+def test_k_zero_keeps_nothing_and_a_large_k_everything():
+    x = np.array([[np.finfo(np.float32).max, 0.0, -1.0]], np.float32)
+    assert not (api.magnitude_bits(x) >= api.kth_magnitude(x, 0)[:, None]).any()
+    assert (api.magnitude_bits(x) >= api.kth_magnitude(x, 99)[:, None]).all()
+
+
+def test_traced_and_mapped_k():
+    (x,) = leaves_of("odd matrix")
+    ks = jnp.arange(1, 92, 10, dtype=jnp.int32)
+    found = jax.jit(jax.vmap(lambda k: api.kth_magnitude(x, k)))(ks)
+    np.testing.assert_array_equal(found, [reference.kth_magnitude([x], int(k)) for k in ks])
+
+
+def test_a_tree_is_its_concatenation():
+    leaves = leaves_of("tree")
+    joined = np.concatenate([leaf.reshape(2, -1) for leaf in leaves], axis=1)
+    np.testing.assert_array_equal(api.kth_magnitude(leaves, 17), api.kth_magnitude(joined, 17))
+
+
+def test_counts_beyond_32_bits():
+    many = 7 * 2**31 + 12345
+    limbs = sum(api.to_limbs(2**31 - 1) for _ in range(7)) + api.to_limbs(12345 + 7)
+    assert bool(api.at_least(limbs, api.to_limbs(many)))
+    assert not bool(api.at_least(limbs, api.to_limbs(many + 1)))
+    for value in (-(2**40), -70000, -1, 0, 1, 65536, 2**40):
+        assert int(api.sign(api.to_limbs(value))) == np.sign(value)
+    drift = api.to_limbs(jnp.int32(-(2**31) + 1)) + api.to_limbs(jnp.int32(2**31 - 1))
+    assert int(api.sign(drift)) == 0
+
+
+def test_bad_calls():
+    with pytest.raises(ValueError, match="at least one array"):
+        api.kth_magnitude([], 1)
+    with pytest.raises(ValueError, match="unknown implementation 'sort'"):
+        api.kth_magnitude(np.ones((1, 2), np.float32), 1, implementation="sort")
+    with pytest.raises(ValueError, match="split it"):
+        jax.eval_shape(lambda x: api.kth_magnitude(x, 1), jax.ShapeDtypeStruct((2, 2**16, 2**15), jnp.float32))

@@ -1,0 +1,127 @@
+"""The decoder against itself: ways to run it that must not change what it computes. (Parity is in tests/parity.)"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unlearnjax.adapters.lora import lora_weights
+from unlearnjax.models.abstract import abstract_params, init_params, logical_axes
+from unlearnjax.models.config import ModelConfig, replace
+from unlearnjax.models.decoder import build
+from unlearnjax.models.families import BUFFERS, NAMES, sources
+from unlearnjax.models.protocol import Taps
+
+CONFIG = ModelConfig(
+    family="llama", vocab_size=50, hidden_size=16, intermediate_size=24, layers=3, heads=4, kv_heads=2, head_dim=6,
+    norm="rms",
+)  # fmt: skip
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 50, (2, 9)), jnp.int32)
+
+
+@pytest.fixture(scope="module")
+def params():
+    tree = init_params(abstract_params(CONFIG), jax.random.key(0))
+    # Initial embeddings are small, and the norms' scales all 1.
+    noisy = lambda x: x + 0.3 * jax.random.normal(jax.random.key(1), x.shape) if x.ndim < 3 else x  # noqa: E731
+    return jax.tree.map(noisy, tree)
+
+
+@pytest.fixture(scope="module")
+def lora():
+    tree = {}
+    for i, name in enumerate(("q", "down")):
+        block, out, inner = CONFIG.linears[name]
+        a, b = jax.random.split(jax.random.key(2 + i))
+        shapes = {"a": (a, (CONFIG.layers, 3, inner)), "b": (b, (CONFIG.layers, out, 3))}
+        tree.setdefault(block, {})[name] = {n: 0.3 * jax.random.normal(k, s) for n, (k, s) in shapes.items()}
+    return {"layers": tree}
+
+
+def run(model, params, lora=None, tokens=TOKENS, **keywords):
+    return jax.jit(lambda p, a, t: model.forward(p, a, t, **keywords))(params, lora, tokens)
+
+
+def loss(model, params, lora):
+    return jnp.mean(jnp.square(model.forward(params, lora, TOKENS).hidden @ model.head(params).T))
+
+
+@pytest.fixture(scope="module")
+def gradient(params, lora):
+    return jax.jit(jax.grad(lambda p, a: loss(build(CONFIG, unroll=True), p, a), (0, 1)))(params, lora)
+
+
+@pytest.mark.parametrize(("unroll", "remat"), [(True, True), (False, True), (False, False)])
+def test_remat_and_scan_give_the_same_gradient(params, lora, gradient, unroll, remat):
+    model = build(CONFIG, unroll=unroll, remat=remat)
+    other = jax.jit(jax.grad(lambda p, a: loss(model, p, a), (0, 1)))(params, lora)
+    assert all(float(jnp.abs(x).max()) > 1e-4 for x in jax.tree.leaves(gradient))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5, rtol=1e-4), other, gradient)
+
+
+def test_remat_recomputes(params):
+    def saved(remat):
+        model = build(CONFIG, unroll=True, remat=remat)
+        return len(str(jax.make_jaxpr(jax.grad(lambda p: loss(model, p, None)))(params)).split("remat")) > 1
+
+    assert saved(True) and not saved(False)
+
+
+@pytest.mark.parametrize("unroll", [True, False])
+def test_layer_ranges_compose(params, lora, unroll):
+    model = build(CONFIG, unroll=unroll)
+    whole = run(model, params, lora, taps=Taps(read=("hidden",)))
+    x, read = TOKENS, []
+    for first, last in ((0, 1), (1, 3)):
+        out = run(model, params, lora, x, layers=(first, last), taps=Taps(read=("hidden",)))
+        x, read = out.hidden, [*read, out.taps["hidden"]]
+    np.testing.assert_allclose(x, whole.hidden, atol=1e-5)
+    np.testing.assert_allclose(jnp.concatenate(read), whole.taps["hidden"], atol=1e-5)
+
+
+def test_a_stopped_gradient_between_ranges_trains_the_last_layers_only(params):
+    model = build(CONFIG)
+
+    def tail(p):
+        x = jax.lax.stop_gradient(model.forward(p, None, TOKENS, layers=(0, 2)).hidden)
+        return jnp.mean(jnp.square(model.forward(p, None, x, layers=(2, 3)).hidden))
+
+    up = jax.jit(jax.grad(tail))(params)["layers"]["mlp"]["up"]["weight"]
+    assert float(jnp.abs(up[:2]).max()) == 0 and float(jnp.abs(up[2]).max()) > 0
+
+
+def test_an_adapter_is_the_weights_it_adds(params, lora):
+    model = build(CONFIG)
+    merged = {**params, "layers": jax.tree.map(lambda x: x, params["layers"])}
+    for block, names in lora_weights(lora)["layers"].items():
+        for name, change in names.items():
+            merged["layers"][block][name]["weight"] = merged["layers"][block][name]["weight"] + change["weight"]
+    a, b, plain = (run(model, p, z).hidden for p, z in ((params, lora), (merged, None), (params, None)))
+    assert float(jnp.abs(a - plain).max()) > 0.1
+    np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_packed_rows_do_not_see_each_other(params):
+    model = build(CONFIG)
+    alone = run(model, params).hidden
+    packed = jnp.concatenate([TOKENS[:1], TOKENS[1:]], axis=1)
+    segments = jnp.repeat(jnp.asarray([[1, 2]], jnp.int32), 9, axis=1)
+    positions = jnp.tile(jnp.arange(9, dtype=jnp.int32), 2)[None]
+    together = run(model, params, None, packed, segments=segments, positions=positions).hidden
+    np.testing.assert_allclose(together, alone.reshape(1, 18, -1), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", list(NAMES))
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_abstract_tree_is_the_whole_truth(family, tied):
+    config = replace(CONFIG, family=family, norm="rms" if family == "llama" else "layer", tie_embeddings=tied)
+    tree = abstract_params(config)
+    params = init_params(tree, jax.random.key(0))
+    shapes = jax.eval_shape(lambda: init_params(tree, jax.random.key(0)))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
+    axes = jax.tree.leaves(logical_axes(tree), is_leaf=lambda x: isinstance(x, tuple))
+    assert [len(a) for a in axes] == [x.ndim for x in jax.tree.leaves(params)]
+    names = [n for s in sources(config, tree) for n in s.names]
+    assert len(set(names)) == len(names) == len(set(names) - {n for n in names if BUFFERS.search(n)})
+    assert all(("layers" in s.info.axes) == s.stacked == (len(s.names) == 3) for s in sources(config, tree))
+    assert np.isfinite(run(build(config), params).hidden).all()

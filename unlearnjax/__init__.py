@@ -1,0 +1,37 @@
+"""Machine unlearning in JAX: many imperfect candidates trained in one program, merged into one good model.
+
+The names below are imported when they are first used, so that `import unlearnjax` costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unlearnjax.errors import UserError
+    from unlearnjax.merging.api import merge, methods
+    from unlearnjax.models.language_model import LanguageModel, load_model, save_model
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LanguageModel": "unlearnjax.models.language_model",
+    "UserError": "unlearnjax.errors",
+    "load_model": "unlearnjax.models.language_model",
+    "merge": "unlearnjax.merging.api",
+    "methods": "unlearnjax.merging.api",
+    "save_model": "unlearnjax.models.language_model",
+}
+
+__all__ = ["LanguageModel", "UserError", "__version__", "load_model", "merge", "methods", "save_model"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'unlearnjax' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

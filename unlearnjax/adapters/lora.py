@@ -1,0 +1,93 @@
+"""Low-rank adapters (LoRA, 2106.09685, section 4.1): W + (alpha / rank) B A on the chosen linears of every layer.
+
+Candidates of different ranks share one program: arrays are padded to the largest rank, and the padding, zero in both
+factors, gets no gradient and stays zero.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from unlearnjax.adapters.protocol import Adapter
+from unlearnjax.errors import UserError, check_known
+from unlearnjax.models.abstract import name_key
+from unlearnjax.models.config import ModelConfig
+from unlearnjax.models.protocol import Variables
+from unlearnjax.training.hyperparameters import Hyperparameters
+
+
+def resolve_targets(targets: str | Sequence[str], config: ModelConfig, where: str = "adapter") -> tuple[str, ...]:
+    """`all` or names of linears (`q`, or Hugging Face's `q_proj`) to ours, in the layer's order.
+
+    Raises:
+      UserError: an unknown name; the output and input embeddings are not linears of a layer and are refused.
+    """
+    if isinstance(targets, str):
+        targets = list(config.linears) if targets in ("all", "all-linear") else [targets]
+    names = [t.removesuffix("_proj") for t in targets]
+    for name in names:
+        if name in ("lm_head", "embed_tokens", "head", "embed"):
+            raise UserError(f"{where}: a LoRA on {name!r} is not supported; choose among {', '.join(config.linears)}")
+    check_known(names, config.linears, "linear", where)
+    if not names:
+        raise UserError(f"{where}: no linear is targeted; choose among {', '.join(config.linears)}, or all")
+    return tuple(n for n in config.linears if n in names)
+
+
+def lora(config: ModelConfig, targets: Sequence[str], rank: int) -> Adapter:
+    """A LoRA adapter.
+
+    Args:
+      config: the decoder's sizes. targets: linears as `resolve_targets` gives them. rank: the largest candidate's.
+
+    The trainable tree is {"layers": {block: {linear: {"a": [L, rank, in], "b": [L, out, rank]}}}}. A starts uniform in
+    +-1/sqrt(in) (PEFT's default: Kaiming with a = sqrt 5), B at zero. Row j of A depends on the seed, the linear and j
+    alone, so that a candidate does not change with the others' ranks.
+    """
+
+    def init(key: Array, params: PyTree, h: Hyperparameters) -> PyTree:
+        tree: dict[str, dict[str, dict[str, Array]]] = {}
+        for name in targets:
+            block, out, inner = config.linears[name]
+            row_keys = jax.vmap(lambda j, k=name_key(key, name): jax.random.fold_in(k, j))(jnp.arange(rank))
+            bound = inner**-0.5
+            draw = lambda k, n=inner, b=bound: jax.random.uniform(k, (config.layers, n), jnp.float32, -b, b)  # noqa: E731
+            a = jax.vmap(draw, out_axes=1)(row_keys)
+            live = jnp.arange(rank, dtype=jnp.int32) < h.lora_rank
+            a = jnp.where(live[None, :, None], a, 0.0)
+            b = jnp.zeros((config.layers, out, rank), jnp.float32)
+            tree.setdefault(block, {})[name] = {"a": a, "b": b}
+        return {"layers": tree}
+
+    def scale(h: Hyperparameters) -> Float[Array, ""]:
+        return h.lora_alpha / h.lora_rank.astype(jnp.float32)
+
+    def apply(params: PyTree, trainable: PyTree, h: Hyperparameters) -> Variables:
+        return Variables(params, scaled(trainable, scale(h)))
+
+    def delta(params: PyTree, trainable: PyTree, h: Hyperparameters) -> PyTree:
+        return lora_weights(scaled(trainable, scale(h)))
+
+    return Adapter("lora", init, apply, delta, trains_head=False)
+
+
+def _is_pair(x: object) -> bool:
+    return isinstance(x, dict) and set(x) == {"a", "b"}
+
+
+def scaled(lora_tree: PyTree, scale: Array | float) -> PyTree:
+    """The adapter with `scale` folded into every b; `scale` broadcasts from the left (one per candidate, or a scalar)."""
+
+    def pair(p: dict[str, Array]) -> dict[str, Array]:
+        s = jnp.asarray(scale, jnp.float32)
+        return {"a": p["a"], "b": p["b"] * s.reshape(s.shape + (1,) * (p["b"].ndim - s.ndim))}
+
+    return jax.tree.map(pair, lora_tree, is_leaf=_is_pair)
+
+
+def lora_weights(lora_tree: PyTree) -> PyTree:
+    """B A for every linear (scale already folded in): {"layers": {block: {linear: {"weight": [..., out, in]}}}}."""
+    product = lambda p: {"weight": jnp.einsum("...or,...ri->...oi", p["b"], p["a"], precision="highest")}  # noqa: E731
+    return jax.tree.map(product, lora_tree, is_leaf=_is_pair)

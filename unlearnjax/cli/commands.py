@@ -1,0 +1,67 @@
+"""What each command does: call the library, print the score table. Imports wait until a command runs."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def _sources(a: argparse.Namespace):  # type: ignore[no-untyped-def]
+    from unlearnjax.recipes.prepare import Sources
+
+    return Sources(a.forget, a.retain, a.members, a.nonmembers, a.probe)
+
+
+def _show(report: dict, out: Path) -> None:
+    from unlearnjax.report.scores import render_markdown_table
+
+    print(render_markdown_table(report))
+    for warning in report["warnings"]:
+        print(f"warning: {warning}")
+    print(f"report: {out / 'report.html'}")
+    if "exported" in report:
+        print(f"model:  {out / 'model'} (the merge {report['exported']})")
+
+
+def _warn(message: str) -> None:
+    print(f"unlearnjax: warning: {message}", file=sys.stderr)
+
+
+def run(a: argparse.Namespace) -> None:
+    """`unlearnjax run`."""
+    from unlearnjax.recipes.load import load_recipe
+    from unlearnjax.recipes.run import run
+
+    recipe = load_recipe(a.recipe)
+    report = run(a.model, _sources(a), a.out, recipe, dtype=a.dtype, command=a.command_line, progress=not a.quiet)
+    _show(report, Path(a.out))
+
+
+def demo(a: argparse.Namespace) -> None:
+    """`unlearnjax demo`."""
+    from unlearnjax.errors import UserError
+    from unlearnjax.recipes.demo import demo
+    from unlearnjax.recipes.load import load_recipe
+
+    if a.seed < 0:
+        raise UserError(f"--seed must be at least 0, not {a.seed}")
+    report = demo(a.out, recipe=load_recipe(a.recipe), seed=a.seed, command=a.command_line, progress=not a.quiet)
+    _show(report, Path(a.out) / "result")
+
+
+def evaluate(a: argparse.Namespace) -> None:
+    """`unlearnjax evaluate`."""
+    from unlearnjax.recipes.evaluate import evaluate
+
+    scores = evaluate(
+        a.model, _sources(a), a.out, adapter=a.adapter, mmlu_file=a.mmlu, dtype=a.dtype,
+        max_new_tokens=a.max_new_tokens, batch_size=a.batch_size, progress=not a.quiet, warn=_warn,
+    )  # fmt: skip
+    print(json.dumps(scores, indent=1))
+
+
+def score(a: argparse.Namespace) -> None:
+    """`unlearnjax score`."""
+    from unlearnjax.evaluation.semeval import score_folder
+
+    print(json.dumps(score_folder(a.folder, a.mmlu, warn=_warn), indent=1))

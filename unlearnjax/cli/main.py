@@ -1,0 +1,96 @@
+"""`unlearnjax`: parse, call the library, print. Bad input ends in one line on stderr and exit status 2."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from unlearnjax.cli import commands
+from unlearnjax.errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for a wrong command line, as for every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = _Parser(
+        prog="unlearnjax", description="Machine unlearning: train many candidates at once, merge them into one."
+    )
+    top.add_argument("--version", action="store_true", help="print the version and exit")
+    sub = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+
+    def add(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        p = sub.add_parser(name, help=text, description=text)
+        p.set_defaults(run=run)
+        p.add_argument("--quiet", action="store_true", help="no progress bars")
+        return p
+
+    def data(p: argparse.ArgumentParser) -> None:
+        rows = "JSONL, JSON, parquet or a hub data set with the columns input, output and, if you like, id and task"
+        p.add_argument("--forget", required=True, metavar="F", help=f"rows to forget: {rows}")
+        p.add_argument("--retain", required=True, metavar="R", help="rows to keep, likewise")
+        p.add_argument(
+            "--members", metavar="M", help="documents the model was trained on and is to forget (membership)"
+        )
+        p.add_argument("--nonmembers", metavar="X", help="like documents the model never saw")
+        p.add_argument("--probe", metavar="P", help="general-knowledge questions (columns input, output)")
+        p.add_argument("--dtype", default="float32", help="of the base weights: float32, bfloat16 or float16")
+
+    p = add("run", commands.run, "Unlearn: train candidates, merge, evaluate, export.")
+    p.add_argument("--model", required=True, help="a model folder or hub id")
+    data(p)
+    p.add_argument("--out", required=True, help="a new or empty folder for everything that is made")
+    p.add_argument("--recipe", default="default", help="a recipe's name, or a YAML file (default: default)")
+
+    p = add("demo", commands.demo, "The same job on a small model and a corpus made on the spot; nothing to download.")
+    p.add_argument("--out", default="demo-out", help="a new or empty folder (default: demo-out)")
+    p.add_argument("--recipe", default="demo", help="a recipe's name, or a YAML file (default: demo)")
+    p.add_argument("--seed", type=int, default=0, help="of the corpus and the model (default: 0)")
+
+    p = add("evaluate", commands.evaluate, "Score a model folder by the official SemEval-2025 Task 4 protocol.")
+    p.add_argument("--model", required=True, help="a model folder or hub id")
+    data(p)
+    p.add_argument("--adapter", metavar="FOLDER", help="a PEFT adapter to put on the model")
+    p.add_argument("--mmlu", metavar="FILE", help="a metrics.json with average_acc, as the official script reads it")
+    p.add_argument("--out", required=True, help="a new or empty folder for generations and scores.json")
+    p.add_argument("--max-new-tokens", type=int, default=256, help="default: 256, the official value")
+    p.add_argument("--batch-size", type=int, default=32, help="rows generated at once (default: 32)")
+
+    p = add("score", commands.score, "The official scores of a folder of generation CSVs with the official columns.")
+    p.add_argument("folder", help="holds forget_*.csv and retain_*.csv, and mia_results/ if membership is to be scored")
+    p.add_argument("--mmlu", metavar="FILE", help="a metrics.json with average_acc")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
+    # The tokenizers warn at every fork otherwise; a user's own setting wins.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        arguments = parser().parse_args(argv)
+        if arguments.version:
+            import unlearnjax
+
+            print(f"unlearnjax {unlearnjax.__version__}")
+        elif arguments.command is None:
+            parser().print_help()
+        else:
+            arguments.command_line = ["unlearnjax", *(sys.argv[1:] if argv is None else argv)]
+            arguments.run(arguments)
+    except UserError as error:
+        print(f"unlearnjax: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("unlearnjax: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

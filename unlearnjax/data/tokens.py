@@ -1,0 +1,147 @@
+"""Rows of text as flat token arrays on the device, and batches gathered from them inside the compiled step."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from unlearnjax.data.rows import Row
+from unlearnjax.errors import UserError
+
+
+class Tokens(NamedTuple):
+    """Rows kept end to end (numpy): row i is flat[start[i] : start[i] + length[i]], its answer from answer_start[i] on."""
+
+    flat: np.ndarray  # int32 [tokens]
+    start: np.ndarray  # int32 [rows]
+    length: np.ndarray  # int32 [rows]
+    answer_start: np.ndarray  # int32 [rows], at least 1: the first token has nothing to be predicted from
+
+    @property
+    def answer_length(self) -> np.ndarray:
+        return self.length - self.answer_start
+
+    def row(self, index: int) -> np.ndarray:
+        return self.flat[self.start[index] : self.start[index] + self.length[index]]
+
+
+def pack(rows: Sequence[Sequence[int]], answer_start: Sequence[int]) -> Tokens:
+    """Token lists to flat arrays. `answer_start` is clipped to at least 1."""
+    length = np.asarray([len(r) for r in rows], np.int32)
+    start = np.concatenate([[0], np.cumsum(length)[:-1]]).astype(np.int32)
+    flat = np.concatenate([np.asarray(r, np.int32) for r in rows]) if rows else np.zeros(0, np.int32)
+    return Tokens(flat, start, length, np.maximum(np.asarray(answer_start, np.int32), 1))
+
+
+def tokenize(
+    rows: Sequence[Row], tokenizer: Any, *, max_length: int, eos_token_id: int | None, source: str, whole: bool = False
+) -> Tokens:
+    """Prompt ids (no chat template, nothing added), answer ids, end of text.
+
+    Args:
+      rows: the texts; `output` follows `input` without a separator, as the official evaluation concatenates them.
+      tokenizer: a transformers tokenizer.
+      max_length: the model's context, in tokens.
+      eos_token_id: appended to each answer; None appends nothing.
+      source: where the rows come from, for error messages.
+      whole: train on every token instead of the answer's (memorising a corpus).
+
+    Raises:
+      UserError: a row longer than `max_length`, or one with an empty answer (the message names file and row).
+    """
+    prompts = tokenizer([r.input for r in rows], add_special_tokens=True)["input_ids"]
+    answers = tokenizer([r.output for r in rows], add_special_tokens=False)["input_ids"]
+    end = [] if eos_token_id is None else [eos_token_id]
+    packed, starts = [], []
+    for index, (row, prompt, answer) in enumerate(zip(rows, prompts, answers)):
+        ids = [*prompt, *answer, *end]
+        where = f"{source}: row {index + 1} (id {row.id!r})"
+        if len(ids) > max_length:
+            raise UserError(
+                f"{where} has {len(ids)} tokens, and the model's context holds {max_length}; shorten or drop the row"
+            )
+        if not answer:
+            raise UserError(f"{where} has an empty output; drop the row or give it an answer")
+        packed.append(ids)
+        starts.append(1 if whole else len(prompt))
+    return pack(packed, starts)
+
+
+class Reference(NamedTuple):
+    """What the frozen base model says of each row, computed once and shared by all candidates. A field not needed is None.
+
+    `expectation` is E_q[w], the output embedding's mean under the base's next-token distribution q, and
+    `negative_entropy` is sum_v q_v log q_v: with them KL(q || p) needs no vocabulary-sized reference (see
+    unlearnjax_kernels.vocab_logsumexp.xla).
+    """
+
+    nll: Float[Array, " rows"] | None = None  # summed over the answer's tokens
+    answer_offset: Int[Array, " rows"] | None = None  # where a row's answer tokens start in the two below
+    expectation: Float[Array, "answer_tokens hidden"] | None = None
+    negative_entropy: Float[Array, " answer_tokens"] | None = None
+
+
+class Store(NamedTuple):
+    """One side (forget or retain) on the device."""
+
+    flat: Int[Array, " tokens"]
+    start: Int[Array, " rows"]
+    length: Int[Array, " rows"]
+    answer_start: Int[Array, " rows"]
+    reference: Reference
+
+
+def to_device(tokens: Tokens, reference: Reference | None = None) -> Store:
+    return Store(*(jnp.asarray(x, jnp.int32) for x in tokens), reference or Reference())
+
+
+class Side(NamedTuple):
+    """One side of one candidate's step. Rows that are absent (index -1) have mask False and assign 0."""
+
+    targets: Int[Array, "rows answers"]
+    mask: Bool[Array, "rows answers"]
+    assign: Float[Array, "micro rows"]  # 1 where a row belongs to a micro-batch
+    nll: Float[Array, " rows"] | None
+    expectation: Float[Array, "rows answers hidden"] | None
+    negative_entropy: Float[Array, "rows answers"] | None
+
+
+def gather(
+    store: Store, rows: Int[Array, " rows"], micro: Int[Array, " rows"], width: int, answers: int
+) -> tuple[Int[Array, "rows width"], Int[Array, "rows answers"], Side]:
+    """Token ids (right padded), the positions whose hidden states predict the answer, and the side's data.
+
+    Args:
+      rows: row indices, -1 where the slot is empty; micro: each slot's micro-batch within the step.
+      width: static length of the token array; answers: static length of the answer arrays.
+    """
+    present = rows >= 0
+    index = jnp.maximum(rows, 0)
+    length = jnp.where(present, store.length[index], 0)
+    at = jnp.arange(width, dtype=jnp.int32)[None, :]
+    inside = at < length[:, None]
+    tokens = jnp.where(inside, store.flat[jnp.where(inside, store.start[index][:, None] + at, 0)], 0)
+
+    first = store.answer_start[index]
+    nth = jnp.arange(answers, dtype=jnp.int32)[None, :]
+    mask = nth < (length - first)[:, None]
+    predicted = jnp.where(mask, first[:, None] + nth, 1)
+    targets = jnp.where(mask, jnp.take_along_axis(tokens, predicted, axis=1), 0)
+
+    r = store.reference
+    assign = (micro[None, :] == jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None]) & present[None, :]
+    expectation = entropy = None
+    if r.expectation is not None and r.answer_offset is not None and r.negative_entropy is not None:
+        where = jnp.where(mask, r.answer_offset[index][:, None] + nth, 0)
+        expectation, entropy = r.expectation[where], r.negative_entropy[where]
+    side = Side(
+        targets,
+        mask,
+        assign.astype(jnp.float32),
+        None if r.nll is None else r.nll[index],
+        expectation,
+        entropy,
+    )
+    return tokens, predicted - 1, side

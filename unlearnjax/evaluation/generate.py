@@ -1,0 +1,283 @@
+"""Batched greedy generation with a key-value cache, for one model or for N adapters of one model at once.
+
+One candidate's prefill and step never mention N; they are mapped over the candidates' axis, and the loop over steps
+lies outside the map. (A mapped loop would keep every candidate's cache through a select at each step.) The loop stops
+by itself when all rows have ended. After 32, 64, 128, ... new tokens the host looks and drops the rows that have ended,
+which leaves a smaller batch. The cache begins with room up to the first look, and then gets all the room it may need.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from unlearnjax.errors import UserError
+from unlearnjax.evaluation.batches import Batch, batches, check_rows, power_of_two
+from unlearnjax.models.decoder import init_cache
+from unlearnjax.models.layers import precision
+from unlearnjax.models.protocol import Cache, Model, Variables
+
+FIRST_LOOK = 32  # new tokens before the host first looks, and doubling from there. LUME's answers: 7 (qa) or 46 (sc)
+SLOT_STEP = 64  # cache lengths are multiples of this, so that different prompt widths share a program
+SHRINK = 4  # drop ended rows when at most 1/SHRINK of the batch is alive: each size is another program to compile
+
+# The candidates' axis of a Cache: all rows of all candidates have written the same number of slots.
+_CACHE_AXES = Cache(0, 0, 0, None)  # type: ignore[arg-type]
+
+
+class State(NamedTuple):
+    """Rows under way. `last` is the newest token, not yet in the cache, and `position` its place in its row."""
+
+    cache: Cache  # leaves [N, ...], except length
+    last: Int[Array, "N rows"]
+    position: Int[Array, "N rows"]
+    ended: Bool[Array, "N rows"]
+
+
+def next_token(model: Model, params: PyTree[Array], hidden: Float[Array, "rows hidden"]) -> Int[Array, " rows"]:
+    """The likeliest token of each row; the lowest id among equals. Logits are float32 [rows, vocab]."""
+    head = model.head(params)
+    dims = (((1,), (1,)), ((), ()))
+    exact = precision(hidden.dtype)
+    logits = jax.lax.dot_general(hidden, head, dims, precision=exact, preferred_element_type=jnp.float32)
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def prefill(
+    model: Model,
+    params: PyTree[Array],
+    lora: PyTree[Array] | None,
+    tokens: Int[Array, "rows length"],
+    segments: Int[Array, "rows length"],
+) -> tuple[Cache, Int[Array, " rows"]]:
+    """One candidate's left-padded prompts: the filled cache (of `length` slots) and the first new tokens."""
+    rows, length = tokens.shape
+    positions = jnp.maximum(jnp.cumsum(segments, axis=1, dtype=jnp.int32) - 1, 0)
+    cache = init_cache(model.config, rows, length, params["embed"]["weight"].dtype)
+    out = model.forward(params, lora, tokens, positions=positions, segments=segments, cache=cache)
+    return out.cache, next_token(model, params, out.hidden[:, -1])  # type: ignore[return-value]
+
+
+def step(
+    model: Model,
+    params: PyTree[Array],
+    lora: PyTree[Array] | None,
+    cache: Cache,
+    last: Int[Array, " rows"],
+    position: Int[Array, " rows"],
+) -> tuple[Cache, Int[Array, " rows"]]:
+    """One candidate's next tokens."""
+    out = model.forward(params, lora, last[:, None], positions=position[:, None], cache=cache)
+    return out.cache, next_token(model, params, out.hidden[:, 0])  # type: ignore[return-value]
+
+
+class Programs(NamedTuple):
+    """A model's compiled programs, mapped over candidates."""
+
+    start: Callable[..., State]
+    run: Callable[..., tuple[State, Array]]
+    grow: Callable[..., State]
+    keep: Callable[..., State]
+
+
+@functools.lru_cache(maxsize=4)
+def programs(model: Model) -> Programs:
+    """Jitted once per model: `model` must be the same object for the compiled programs to be found again."""
+
+    @functools.partial(jax.jit, static_argnames=("count",))
+    def start(
+        params: PyTree, lora: PyTree, tokens: Array, segments: Array, live: Array, eos: Array, *, count: int
+    ) -> State:
+        mapped = jax.vmap(
+            functools.partial(prefill, model),
+            in_axes=(None, 0, None, None),
+            out_axes=(_CACHE_AXES, 0),
+            axis_size=count,
+        )
+        cache, last = mapped(params, lora, tokens, segments)
+        position = jnp.broadcast_to(jnp.sum(segments, axis=1, dtype=jnp.int32)[None], last.shape)
+        return State(cache, last, position, _is_in(last, eos) | ~live[None])
+
+    @functools.partial(jax.jit, static_argnames=("size",), donate_argnames=("state",))
+    def run(params: PyTree, lora: PyTree, state: State, steps: Array, eos: Array, *, size: int) -> tuple[State, Array]:
+        count = state.last.shape[0]
+        mapped = jax.vmap(
+            functools.partial(step, model),
+            in_axes=(None, 0, _CACHE_AXES, 0, 0),
+            out_axes=(_CACHE_AXES, 0),
+            axis_size=count,
+        )
+
+        def unfinished(carry: tuple[Array, State, Array]) -> Array:
+            return (carry[0] < steps) & ~jnp.all(carry[1].ended)
+
+        def body(carry: tuple[Array, State, Array]) -> tuple[Array, State, Array]:
+            i, (cache, last, position, ended), out = carry
+            cache, token = mapped(params, lora, cache, last, position)
+            out = jax.lax.dynamic_update_index_in_dim(out, token, i, axis=0)
+            return i + 1, State(cache, token, position + 1, ended | _is_in(token, eos)), out
+
+        out = jnp.zeros((size, *state.last.shape), jnp.int32)
+        _, state, out = jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), state, out))
+        return state, out
+
+    @functools.partial(jax.jit, static_argnames=("slots",))
+    def grow(state: State, *, slots: int) -> State:
+        def widen(leaf: Array, axis: int) -> Array:
+            return jnp.pad(leaf, [(0, slots - leaf.shape[axis] if i == axis else 0) for i in range(leaf.ndim)])
+
+        keys, values, segments, length = state.cache
+        return state._replace(cache=Cache(widen(keys, 4), widen(values, 4), widen(segments, 2), length))
+
+    @jax.jit
+    def keep(state: State, index: Array, live: Array) -> State:
+        def rows(leaf: Array, axis: int) -> Array:
+            return jax.vmap(functools.partial(jnp.take, axis=axis, mode="clip"))(leaf, index)
+
+        (keys, values, segments, length), last, position, ended = state
+        cache = Cache(rows(keys, 1), rows(values, 1), rows(segments, 0), length)
+        return State(cache, rows(last, 0), rows(position, 0), rows(ended, 0) | ~live)
+
+    return Programs(start, run, grow, keep)
+
+
+def _is_in(tokens: Array, ids: Array) -> Array:
+    return jnp.any(tokens[..., None] == ids.reshape((1,) * tokens.ndim + (-1,)), axis=-1)
+
+
+def _looks(limit: int) -> list[int]:
+    """How many new tokens exist each time the host looks; the last is `limit`."""
+    looks, at = [], FIRST_LOOK
+    while at < limit:
+        looks.append(at)
+        at *= 2
+    return [*looks, limit]
+
+
+def _generate_batch(
+    run: Programs, params: PyTree, lora: PyTree, count: int, batch: Batch, eos: np.ndarray, limit: int
+) -> np.ndarray:
+    """New tokens, int32 [count, rows, limit]; what follows an end token means nothing."""
+    total, width = batch.tokens.shape
+    live = np.arange(total) < len(batch.places)
+    state = run.start(params, lora, batch.tokens, batch.segments, live, eos, count=count)
+    produced = np.zeros((count, total, limit), np.int32)
+    produced[:, :, 0] = state.last
+    # rows[n, i]: which of the batch's rows runs in place i of candidate n; -1 where the place is filler.
+    rows = np.where(live, np.arange(total), -1)[None].repeat(count, 0)
+    done = 1
+    for end in _looks(limit):
+        ended = np.asarray(state.ended)
+        if done == limit or ended.all():
+            break
+        alive = power_of_two(int((~ended).sum(axis=1).max()))
+        if alive * SHRINK <= rows.shape[1]:
+            order = np.argsort(ended, axis=1, kind="stable")[:, :alive].astype(np.int32)
+            rows = np.take_along_axis(np.where(ended, -1, rows), order, axis=1)
+            state = run.keep(state, order, rows >= 0)
+        # The newest token is never in the cache, so `room` new tokens take one slot less.
+        room = end if done == 1 else limit
+        slots = -(-(width + room - 1) // SLOT_STEP) * SLOT_STEP
+        if slots > state.cache.keys.shape[4]:
+            state = run.grow(state, slots=slots)
+        size = max(64, power_of_two(limit))
+        state, new = run.run(params, lora, state, np.int32(end - done), eos, size=size)
+        tokens = np.asarray(new)[: end - done].transpose(1, 2, 0)
+        for n, at in zip(*np.nonzero(rows >= 0)):
+            produced[n, rows[n, at], done:end] = tokens[n, at]
+        done = end
+    return produced
+
+
+def generate_candidates(
+    model: Model,
+    params: PyTree[Array],
+    lora: PyTree[Array] | None,
+    prompts: Sequence[Sequence[int]],
+    *,
+    eos_token_ids: Sequence[int],
+    pad_token_id: int,
+    max_new_tokens: int,
+    batch_size: int,
+    names: Sequence[str] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[list[list[int]]]:
+    """Greedy continuations of each prompt by each of N candidates, all candidates in one program.
+
+    The base weights are shared and have no candidates' axis; a batch holds N x batch_size rows of cache.
+
+    Args:
+      model: the decoder; reuse the object, the compiled programs are kept by it.
+      params: base weights; the cache has their dtype.
+      lora: adapters stacked to [N, layers, ...] with the scale folded into `b`; None is the base alone (N = 1).
+      prompts: token ids of each row; at least one each.
+      eos_token_ids: a row ends at any of these; none means that every row runs to max_new_tokens.
+      pad_token_id: fills the left of short prompts; any id of the vocabulary, it is never attended to.
+      max_new_tokens: the most new tokens of a row, at least 1.
+      batch_size: prompts per batch, per candidate.
+      names: the rows' names, for error messages.
+      progress: called with the number of continuations that have been finished since the last call.
+
+    Returns:
+      [N][rows] lists of new ids, without the end token: a list of max_new_tokens ids is a row that did not end.
+
+    Raises:
+      UserError: a row without tokens, with an id outside the vocabulary, or that with max_new_tokens is longer than
+        the context; max_new_tokens or batch_size below 1.
+    """
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    config = model.config
+    check_rows(prompts, config.vocab_size, config.max_positions, max_new_tokens, names)
+    count = 1 if lora is None else jax.tree.leaves(lora)[0].shape[0]
+    # Padded with an id that no token has, so that the number of end tokens makes no new program.
+    eos = np.array(sorted({int(i) for i in eos_token_ids}), np.int32)
+    eos = np.pad(eos, (0, -len(eos) % 4 or 4 * (not len(eos))), constant_values=-1)
+    run = programs(model)
+    results: list[list[list[int]]] = [[[] for _ in prompts] for _ in range(count)]
+    for batch in batches(prompts, batch_size, pad_token_id, left=True, widest=config.max_positions, per_octave=2):
+        produced = _generate_batch(run, params, lora, count, batch, eos, max_new_tokens)
+        ends = np.isin(produced, eos)
+        lengths = np.where(ends.any(axis=-1), ends.argmax(axis=-1), max_new_tokens)
+        for n in range(count):
+            for at, row in enumerate(batch.places):
+                results[n][row] = produced[n, at, : lengths[n, at]].tolist()
+        if progress is not None:
+            progress(count * len(batch.places))
+    return results
+
+
+def generate(
+    model: Model,
+    variables: Variables,
+    prompts: Sequence[Sequence[int]],
+    *,
+    eos_token_ids: Sequence[int],
+    pad_token_id: int,
+    max_new_tokens: int,
+    batch_size: int,
+    names: Sequence[str] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+    """Greedy continuations by one model: `generate_candidates` with N = 1, and its arguments, returns and errors."""
+    return generate_candidates(
+        model,
+        variables.params,
+        stack_of_one(variables.lora),
+        prompts,
+        eos_token_ids=eos_token_ids,
+        pad_token_id=pad_token_id,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        names=names,
+        progress=progress,
+    )[0]
+
+
+def stack_of_one(lora: PyTree[Array] | None) -> Any:
+    """One adapter as a stack with N = 1."""
+    return None if lora is None else jax.tree.map(lambda leaf: leaf[None], lora)

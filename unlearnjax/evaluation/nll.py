@@ -1,0 +1,146 @@
+"""Next-token negative log-likelihoods of whole texts and of answers, for one model or N adapters of it at once."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PyTree
+from unlearnjax_kernels.vocab_logsumexp import vocab_logsumexp
+
+from unlearnjax.errors import UserError
+from unlearnjax.evaluation.batches import batches, check_rows, name_of
+from unlearnjax.evaluation.generate import stack_of_one
+from unlearnjax.models.layers import precision
+from unlearnjax.models.protocol import Model, Variables
+
+LOGITS_AT_ONCE = 1 << 24  # float32 logits alive at a time over all candidates: 64 MiB
+
+
+class TokenNLL(NamedTuple):
+    """Per row, or candidate and row: the sum of -log p in nats (float32) over the counted tokens, and their number."""
+
+    total: np.ndarray
+    tokens: np.ndarray
+
+    @property
+    def mean(self) -> np.ndarray:
+        """float64; NaN for a row without counted tokens, as torch's mean of nothing."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return self.total.astype(np.float64) / self.tokens
+
+
+def row_nll(
+    model: Model,
+    params: PyTree[Array],
+    lora: PyTree[Array] | None,
+    tokens: Int[Array, "rows length"],
+    segments: Int[Array, "rows length"],
+    counted: Float[Array, "rows length"],
+    chunk: int,
+) -> Float[Array, " rows"]:
+    """One candidate: each row's NLL summed over the tokens whose `counted` is 1."""
+    hidden = model.forward(params, lora, tokens, segments=segments).hidden[:, :-1]
+    head, targets = model.head(params), tokens[:, 1:]
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    chosen = head[targets.reshape(-1)]
+    exact = precision(flat.dtype)
+    logit = jnp.einsum("td,td->t", flat, chosen, precision=exact, preferred_element_type=jnp.float32)
+    nll = (vocab_logsumexp(flat, head, chunk=chunk) - logit).reshape(targets.shape)
+    return jnp.sum(jnp.where(counted[:, 1:] > 0, nll, 0.0), axis=1)
+
+
+@functools.lru_cache(maxsize=4)
+def program(model: Model) -> Callable[..., Array]:
+    """`row_nll` mapped over candidates and jitted, once per model object."""
+
+    @functools.partial(jax.jit, static_argnames=("count",))
+    def run(params: PyTree, lora: PyTree, tokens: Array, segments: Array, counted: Array, *, count: int) -> Array:
+        chunk = max(128, LOGITS_AT_ONCE // (count * tokens.size))
+        one = functools.partial(row_nll, model, chunk=chunk)
+        return jax.vmap(one, in_axes=(None, 0, None, None, None), axis_size=count)(
+            params, lora, tokens, segments, counted
+        )
+
+    return run
+
+
+def token_nll_candidates(
+    model: Model,
+    params: PyTree[Array],
+    lora: PyTree[Array] | None,
+    rows: Sequence[Sequence[int]],
+    answer_start: Sequence[int] | int = 1,
+    *,
+    batch_size: int,
+    names: Sequence[str] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> TokenNLL:
+    """Summed next-token NLL of each row under each of N candidates.
+
+    Args:
+      model: the decoder; reuse the object, the compiled program is kept by it.
+      params: base weights, shared by the candidates.
+      lora: adapters stacked to [N, layers, ...] with the scale folded into `b`; None is the base alone (N = 1).
+      rows: token ids, at least one each.
+      answer_start: the place of each row's first counted token; nothing predicts the token at 0, so 0 means 1. At or
+        past the row's end nothing is counted.
+      batch_size: rows per batch, per candidate.
+      names: the rows' names, for error messages.
+      progress: called with the number of rows (times N) that have been finished since the last call.
+
+    Returns:
+      TokenNLL of [N, rows] arrays.
+
+    Raises:
+      UserError: a row without tokens, with an id outside the vocabulary, longer than the context, or a negative start.
+    """
+    config = model.config
+    check_rows(rows, config.vocab_size, config.max_positions, 0, names)
+    starts = [answer_start] * len(rows) if isinstance(answer_start, int) else list(answer_start)
+    if len(starts) != len(rows):
+        raise UserError(f"answer_start has {len(starts)} entries for {len(rows)} rows; give one for each row")
+    for i, start in enumerate(starts):
+        if start < 0:
+            raise UserError(f"{name_of(names, i)}: answer_start must not be negative, is {start}")
+    starts = [max(start, 1) for start in starts]
+    count = 1 if lora is None else jax.tree.leaves(lora)[0].shape[0]
+    run = program(model)
+    total = np.zeros((count, len(rows)), np.float32)
+    # The pad id is never attended to and never counted.
+    for batch in batches(rows, batch_size, 0, left=False, widest=config.max_positions, per_octave=4):
+        counted = np.zeros(batch.tokens.shape, np.float32)
+        for at, row in enumerate(batch.places):
+            counted[at, starts[row] : len(rows[row])] = 1.0
+        found = run(params, lora, batch.tokens, batch.segments, counted, count=count)
+        total[:, batch.places] = np.asarray(found)[:, : len(batch.places)]
+        if progress is not None:
+            progress(count * len(batch.places))
+    number = np.array([max(len(row) - start, 0) for row, start in zip(rows, starts)], np.int64)
+    return TokenNLL(total, np.broadcast_to(number, total.shape))
+
+
+def token_nll(
+    model: Model,
+    variables: Variables,
+    rows: Sequence[Sequence[int]],
+    answer_start: Sequence[int] | int = 1,
+    *,
+    batch_size: int,
+    names: Sequence[str] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> TokenNLL:
+    """`token_nll_candidates` for one model: arrays of [rows]. Same arguments and errors."""
+    found = token_nll_candidates(
+        model,
+        variables.params,
+        stack_of_one(variables.lora),
+        rows,
+        answer_start,
+        batch_size=batch_size,
+        names=names,
+        progress=progress,
+    )
+    return TokenNLL(found.total[0], found.tokens[0])

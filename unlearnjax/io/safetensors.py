@@ -1,0 +1,317 @@
+"""Safetensors files and sharded folders of them: headers checked by hand, tensors as views of the mapped file.
+
+Format: 8 bytes of little-endian header length, a JSON header {name: {dtype, shape, data_offsets}, "__metadata__":
+{str: str}}, then the tensors' bytes, row-major and little-endian, without holes. Offsets count from the header's end.
+"""
+
+import json
+import math
+import mmap
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from unlearnjax.errors import UserError
+
+DTYPES: dict[str, np.dtype] = {
+    name: np.dtype(kind)
+    for name, kind in {
+        "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "U16": np.uint16, "I16": np.int16, "U32": np.uint32,
+        "I32": np.int32, "U64": np.uint64, "I64": np.int64, "F16": np.float16, "F32": np.float32, "F64": np.float64,
+        "C64": np.complex64, "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn,
+        "F8_E5M2": ml_dtypes.float8_e5m2, "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+    }.items()
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_LONGEST_HEADER = 100_000_000  # the official reader's limit
+
+
+class Slot(NamedTuple):
+    """Where a tensor lies: its dtype, shape, and first and last-but-one byte counted from the header's end."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """One open safetensors file."""
+
+    path: Path
+    slots: dict[str, Slot]
+    metadata: dict[str, str]
+    data: np.ndarray  # uint8, the mapped bytes after the header
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor as a read-only view of the file. Pages are read from disk as they are touched.
+
+        Raises:
+          UserError: the file has no tensor of that name.
+        """
+        if name not in self.slots:
+            raise UserError(f"{self.path}: holds no tensor {name!r}")
+        slot = self.slots[name]
+        return self.data[slot.begin : slot.end].view(slot.dtype).reshape(slot.shape)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder's tensors, each in one of its files."""
+
+    folder: Path
+    files: dict[str, TensorFile]  # by tensor name
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor as a read-only view of its file."""
+        return self.files[name].read(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.files[name].slots[name].shape
+
+    def dtype(self, name: str) -> np.dtype:
+        return self.files[name].slots[name].dtype
+
+
+def _no_duplicates(path: Path) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+    def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise UserError(f"{path}: names {name!r} twice; the file is broken, fetch or write it again")
+            found[name] = value
+        return found
+
+    return build
+
+
+def _slot(path: Path, name: str, entry: Any, size: int) -> Slot:
+    """Check one header entry. `size`: how many bytes follow the header."""
+
+    def broken(what: str) -> UserError:
+        return UserError(f"{path}: tensor {name!r} {what}; the file is broken, fetch or write it again")
+
+    def counts(values: Any) -> bool:
+        return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
+
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise broken("lacks dtype, shape or data_offsets in the header")
+    kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(kind, str) or kind not in DTYPES:
+        raise UserError(f"{path}: tensor {name!r} has dtype {kind!r}, which is not known; known: {', '.join(DTYPES)}")
+    if not counts(shape):
+        raise broken(f"has shape {shape!r}, which is not a list of sizes")
+    if not counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise broken(f"has offsets {offsets!r}, which are not a begin and an end")
+    begin, end = offsets
+    wanted = math.prod(shape) * DTYPES[kind].itemsize
+    if end - begin != wanted:
+        raise broken(f"takes {end - begin} bytes where {kind} {shape} takes {wanted}")
+    if end > size:
+        raise UserError(
+            f"{path}: truncated: tensor {name!r} ends at byte {end} of the data and the file has {size}; fetch it again"
+        )
+    return Slot(DTYPES[kind], tuple(shape), begin, end)
+
+
+def _header(path: Path, raw: bytes) -> dict[str, Any]:
+    try:
+        parsed = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates(path))
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: not a safetensors file: its header is not JSON") from None
+    if not isinstance(parsed, dict):
+        raise UserError(f"{path}: not a safetensors file: its header is not a JSON object")
+    return parsed
+
+
+def open_file(path: str | Path) -> TensorFile:
+    """Map a safetensors file and check its whole header.
+
+    Raises:
+      UserError: no such file; a truncated header or truncated data; a header that is no JSON object or names a tensor
+        twice; a tensor of unknown dtype, whose bytes do not match its shape, lie outside the file, overlap another
+        tensor's or leave a hole.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8:
+                raise UserError(f"{path}: truncated: {size} bytes are too few for a safetensors file; fetch it again")
+            if length > _LONGEST_HEADER:
+                raise UserError(f"{path}: not a safetensors file: it claims a header of {length} bytes")
+            if 8 + length > size:
+                raise UserError(f"{path}: truncated inside its header ({size} of {8 + length} bytes); fetch it again")
+            header = _header(path, file.read(length))
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise UserError(f"{path}: __metadata__ must map strings to strings; the file is broken")
+    data = np.frombuffer(mapped, np.uint8)[8 + length :]
+    slots = {name: _slot(path, name, entry, data.size) for name, entry in header.items()}
+    place, before = 0, "the header"
+    for name, slot in sorted(slots.items(), key=lambda item: item[1][2:]):
+        if slot.begin != place:
+            what = "overlaps" if slot.begin < place else "leaves a hole after"
+            raise UserError(f"{path}: tensor {name!r} {what} {before}; the file is broken, fetch or write it again")
+        place, before = slot.end, f"tensor {name!r}"
+    if place != data.size:
+        raise UserError(f"{path}: {data.size - place} bytes after {before} belong to no tensor; the file is broken")
+    return TensorFile(path, slots, metadata, data)
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """The index's map from tensor to file, every file checked to be named inside the folder."""
+    try:
+        index = json.loads(path.read_text("utf-8"), object_pairs_hook=_no_duplicates(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: broken JSON: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    weights = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weights, dict) or not weights or not all(isinstance(v, str) for v in weights.values()):
+        raise UserError(f"{path}: must hold an object 'weight_map' from tensor names to file names")
+    for tensor, name in weights.items():
+        # The hub's cache links each file to a blob store, so the name is judged, not where a link leads.
+        place = PureWindowsPath(name)  # splits at / and \\, and knows drives
+        if place.anchor or ".." in place.parts or place.suffix != ".safetensors":
+            raise UserError(f"{path}: tensor {tensor!r} points to {name!r}, no .safetensors file inside the folder")
+    return weights
+
+
+def open_folder(folder: str | Path) -> Checkpoint:
+    """Open a model folder's tensors: `model.safetensors`, or the shards that `model.safetensors.index.json` names.
+
+    Raises:
+      UserError: no safetensors here (for a pickled checkpoint the message has the command that converts it); an index
+        that is broken or points outside the folder; a missing shard; a tensor that its shard does not hold; a broken
+        file (see `open_file`).
+    """
+    folder = Path(folder)
+    if (folder / SINGLE).exists():
+        file = open_file(folder / SINGLE)
+        return Checkpoint(folder, dict.fromkeys(file.slots, file))
+    if not (folder / INDEX).exists():
+        raise UserError(_nothing_here(folder))
+    weights = _weight_map(folder / INDEX)
+    opened = {}
+    for name in sorted(set(weights.values())):
+        if not (folder / name).exists():
+            raise UserError(f"{folder / name}: missing, though {INDEX} names it; fetch the model again")
+        opened[name] = open_file(folder / name)
+    for tensor, name in weights.items():
+        if tensor not in opened[name].slots:
+            raise UserError(f"{folder / name}: holds no tensor {tensor!r}, though {INDEX} says so; fetch it again")
+    return Checkpoint(folder, {tensor: opened[name] for tensor, name in weights.items()})
+
+
+def conversion(source: str, target: str) -> str:
+    """The shell command that writes a model's pickled weights as safetensors, for someone who trusts them."""
+    model = f"M.from_pretrained({source!r}, dtype='auto').save_pretrained({target!r})"
+    tokenizer = f"T.from_pretrained({source!r}).save_pretrained({target!r})"
+    return f'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; {model}; {tokenizer}"'
+
+
+def _nothing_here(folder: Path) -> str:
+    pickled = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLED) if folder.is_dir() else []
+    if not pickled:
+        return f"{folder}: holds neither {SINGLE} nor {INDEX}; give a model folder with safetensors weights"
+    return (
+        f"{folder}: holds pickled weights only ({pickled[0]}), which can run code when loaded and are refused; if you "
+        f"trust them convert them once: {conversion(str(folder), str(folder) + '-safetensors')}"
+    )
+
+
+class Entry(NamedTuple):
+    """A tensor to write: `value` is the array, or a function without arguments that makes it when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: Any
+    value: Any
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+def write_file(path: str | Path, entries: Iterable[Entry], metadata: dict[str, str] | None = None) -> None:
+    """Write one safetensors file, holding one tensor at a time. Metadata defaults to {"format": "pt"}.
+
+    Raises:
+      UserError: a dtype that safetensors has no name for, or a name given twice.
+      ValueError: a tensor that has not the shape and dtype announced for it.
+    """
+    entries = list(entries)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} if metadata is None else metadata}
+    place = 0
+    for entry in entries:
+        kind = NAMES.get(np.dtype(entry.dtype))
+        if kind is None:
+            raise UserError(f"{path}: tensor {entry.name!r} has dtype {np.dtype(entry.dtype)}, which safetensors lacks")
+        if entry.name in header:
+            raise UserError(f"{path}: tensor {entry.name!r} is given twice")
+        header[entry.name] = {"dtype": kind, "shape": list(entry.shape), "data_offsets": [place, place + entry.size]}
+        place += entry.size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with Path(path).open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for entry in entries:
+            array = np.asarray(entry.value() if callable(entry.value) else entry.value)
+            if array.shape != tuple(entry.shape) or array.dtype != np.dtype(entry.dtype):
+                raise ValueError(f"{entry.name}: {array.dtype} {array.shape} instead of {entry.dtype} {entry.shape}")
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+def _shards(entries: Iterable[Entry], limit: int) -> Iterator[list[Entry]]:
+    shard: list[Entry] = []
+    size = 0
+    for entry in entries:
+        if shard and size + entry.size > limit:
+            yield shard
+            shard, size = [], 0
+        shard.append(entry)
+        size += entry.size
+    yield shard
+
+
+def write_sharded(
+    folder: str | Path,
+    tensors: Iterable[Entry | tuple[str, tuple[int, ...], Any, Any]],
+    max_shard_bytes: int = 5_000_000_000,
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Write a model folder's tensors in Hugging Face's naming: one `model.safetensors`, or shards and their index.
+
+    Args:
+      folder: an existing folder (stage it with `unlearnjax.io.atomic.staged_folder`).
+      tensors: (name, shape, dtype, value) with value an array or a function that makes it; one is held at a time.
+      max_shard_bytes: a shard grows up to this many bytes; a larger tensor gets a shard of its own.
+      metadata: the files' metadata, {"format": "pt"} by default.
+    """
+    folder = Path(folder)
+    shards = list(_shards([Entry(*t) for t in tensors], max_shard_bytes))
+    if len(shards) == 1:
+        write_file(folder / SINGLE, shards[0], metadata)
+        return
+    weights: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_file(folder / name, shard, metadata)
+        weights |= dict.fromkeys([entry.name for entry in shard], name)
+    total = sum(entry.size for shard in shards for entry in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")

@@ -1,0 +1,29 @@
+"""Merging N candidates' deltas into one: `merge` and `methods` for any pytree, `lora_space` for LoRA adapters."""
+
+from unlearnjax.merging.api import merge, methods
+from unlearnjax.merging.lora_space import LowRank, concatenate_lora, lora_delta, merge_lora, to_lora, truncation_errors
+from unlearnjax.merging.protocol import (
+    Accumulator,
+    Hyperparameter,
+    MergeMethod,
+    Properties,
+    Round,
+    Rule,
+)
+
+__all__ = [
+    "Accumulator",
+    "Hyperparameter",
+    "LowRank",
+    "MergeMethod",
+    "Properties",
+    "Round",
+    "Rule",
+    "concatenate_lora",
+    "lora_delta",
+    "merge",
+    "merge_lora",
+    "methods",
+    "to_lora",
+    "truncation_errors",
+]

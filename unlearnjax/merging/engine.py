@@ -1,0 +1,115 @@
+"""Runs a rule over the leaves of a tree: rounds, then combine. Scope and stacked layers are handled here only."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
+
+from unlearnjax.merging.protocol import Round, Rule, Settings, State
+
+
+def run(
+    rule: Rule,
+    leaves: Sequence[Float[Array, "N ..."]],
+    weights: Float32[Array, "N"],
+    starts: Sequence[State],
+    keys: Sequence[Array | None],
+    bases: Sequence[Array | None],
+    settings: Settings,
+    *,
+    stacked: int = 0,
+    reduce: Callable[[Any], Any] = lambda partials: partials,
+) -> list[Float[Array, "..."]]:
+    """Merges the leaves of one tree. Pure and traceable; checks nothing.
+
+    Args:
+        leaves: [N, ...] each, any floating dtype.
+        starts: `rule.start` for each leaf (scope "leaf") or once for all of them (scope "tree").
+        keys, bases: one per leaf, or None.
+        stacked: how many axes after N only stack separate tensors ([N, layers, out, in]: 1). Scope "leaf" then means
+            each of those tensors.
+        reduce: what else partials are summed over: `lambda p: jax.lax.psum(p, axis)` inside a shard_map whose shards
+            hold parts of each tensor, or the sum over a stream's chunks.
+
+    Returns:
+        The merged leaves, each in its leaf's dtype.
+    """
+    if rule.scope == "leaf":
+        return [
+            _leaf(rule, leaf, weights, start, key, base, settings, stacked, reduce)
+            for leaf, start, key, base in zip(leaves, starts, keys, bases, strict=True)
+        ]
+    (state,) = starts
+
+    def tree_partials(round_: Round, state: State) -> Any:
+        return reduce(_partials(round_, leaves, weights, state, settings, stacked))
+
+    state = _rounds(rule, state, settings, tree_partials)
+
+    def tensor(deltas: Array, key: Array | None, base: Array | None) -> Float32[Array, "..."]:
+        return rule.combine(deltas, weights, state, key, base, settings)
+
+    return [
+        _stacked(tensor, stacked, leaf, key, base).astype(leaf.dtype)
+        for leaf, key, base in zip(leaves, keys, bases, strict=True)
+    ]
+
+
+def _leaf(
+    rule: Rule,
+    leaf: Float[Array, "N ..."],
+    weights: Float32[Array, "N"],
+    start: State,
+    key: Array | None,
+    base: Array | None,
+    settings: Settings,
+    stacked: int,
+    reduce: Callable[[Any], Any],
+) -> Float[Array, "..."]:
+    def tensor(deltas: Array, key: Array | None, base: Array | None) -> Float32[Array, "..."]:
+        def own_partials(round_: Round, state: State) -> Any:
+            return reduce(round_.statistics(deltas, weights, state, settings))
+
+        state = _rounds(rule, start, settings, own_partials)
+        return rule.combine(deltas, weights, state, key, base, settings)
+
+    return _stacked(tensor, stacked, leaf, key, base).astype(leaf.dtype)
+
+
+def _rounds(rule: Rule, state: State, settings: Settings, partials: Callable[[Round, State], Any]) -> State:
+    for round_ in rule.rounds:
+
+        def step(_: Any, state: State, round_: Round = round_) -> State:
+            return round_.update(state, partials(round_, state), settings)
+
+        # A loop rather than 31 copies in the program; a single pass needs none.
+        state = step(0, state) if round_.repeat == 1 else jax.lax.fori_loop(0, round_.repeat, step, state)
+    return state
+
+
+def _partials(
+    round_: Round, leaves: Sequence[Array], weights: Array, state: State, settings: Settings, stacked: int
+) -> Any:
+    """The round's partials summed over all leaves and their stacked tensors."""
+
+    def one(deltas: Array, key: None, base: None) -> Any:
+        return round_.statistics(deltas, weights, state, settings)
+
+    result = None
+    for leaf in leaves:
+        part = _stacked(one, stacked, leaf, None, None)
+        part = jax.tree.map(lambda p: jnp.sum(p, axis=tuple(range(stacked)), dtype=p.dtype), part)
+        result = part if result is None else jax.tree.map(jnp.add, result, part)
+    return result
+
+
+def _stacked(tensor: Callable[..., Any], stacked: int, leaf: Array, key: Array | None, base: Array | None) -> Any:
+    """`tensor(deltas, key, base)` mapped over the stacked axes, each tensor with a key of its own."""
+    if stacked == 0:
+        return tensor(leaf, key, base)
+    layers = leaf.shape[1]
+    keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(layers))
+    inner = lambda deltas, k, b: _stacked(tensor, stacked - 1, deltas, k, b)  # noqa: E731
+    return jax.vmap(inner, in_axes=(1, 0, 0))(leaf, keys, base)

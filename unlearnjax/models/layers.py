@@ -1,0 +1,121 @@
+"""One decoder layer in Flax linen: linears with an optional low-rank adapter, norms, attention, gated MLP."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from unlearnjax.models.abstract import name_key
+from unlearnjax.models.config import ModelConfig
+from unlearnjax.models.protocol import Dropout
+from unlearnjax.models.rope import rotate
+
+
+def precision(dtype: jnp.dtype) -> jax.lax.Precision:
+    """float32 means float32: TPUs and GPUs would otherwise round its matmul inputs to fewer bits."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+def project(x: Float[Array, "... inner"], weight: Float[Array, "out inner"]) -> Float[Array, "... out"]:
+    """x @ weight.T with the weight left in Hugging Face's orientation."""
+    return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())), precision=precision(x.dtype))
+
+
+def drop(x: Array, dropout: Dropout, name: str) -> Array:
+    # 16 bits decide each entry: half the random bits of a float draw, and the rate is exact to 1 / 65536.
+    bits = jax.random.bits(name_key(dropout.key, name), x.shape, jnp.uint16)
+    kept = bits >= jnp.round(dropout.rate * 65536.0).astype(jnp.uint16)
+    return jnp.where(kept, x / (1.0 - dropout.rate).astype(x.dtype), jnp.zeros_like(x))
+
+
+class Linear(nn.Module):
+    """y = W x (+ b (a x) when the `lora` collection holds this module's `a` and `b`). No bias."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch length inner"], dropout: Dropout | None) -> Array:
+        weight = self.param("weight", nn.initializers.lecun_normal(), (self.features, x.shape[-1]))
+        y = project(x, weight)
+        if self.has_variable("lora", "a"):
+            a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
+            dropped = x if dropout is None else drop(x, dropout, self.name or "linear")
+            y = y + project(project(dropped, a.astype(x.dtype)), b.astype(x.dtype))
+        return y
+
+
+class Norm(nn.Module):
+    """`layer`: LayerNorm without parameters (OLMo). `rms`: RMSNorm with a scale (Llama). Computed in float32."""
+
+    kind: str
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*lead hidden"]) -> Float[Array, "*lead hidden"]:
+        wide = x.astype(jnp.float32)
+        if self.kind == "layer":
+            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        normed = wide.astype(x.dtype)
+        if self.kind == "rms":
+            scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+            normed = normed * scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+        return normed
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions; softmax in float32."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch length hidden"],
+        rotation: tuple[Array, Array],
+        mask: Bool[Array, "batch_or_1 length slots"],
+        stored: tuple[Array, Array, Array] | None,
+        dropout: Dropout | None,
+    ) -> tuple[Array, tuple[Array, Array]]:
+        """Returns the output and this call's keys and values, [batch, kv_heads, length, head_dim] each.
+
+        `stored` is (keys, values, slot): this layer's cache, [batch, kv_heads, slots, head_dim], and the first slot
+        that this call's keys take.
+        """
+        c = self.config
+        batch, length, _ = x.shape
+
+        def heads(name: str, count: int) -> Array:
+            y = Linear(count * c.head_dim, name=name)(x, dropout)
+            if c.clip_qkv is not None:
+                y = jnp.clip(y, -c.clip_qkv, c.clip_qkv)
+            return y.reshape(batch, length, count, c.head_dim).transpose(0, 2, 1, 3)
+
+        query = rotate(heads("q", c.heads), *rotation)
+        key, value = rotate(heads("k", c.kv_heads), *rotation), heads("v", c.kv_heads)
+        new = (key, value)
+        if stored is not None:
+            keys, values, slot = stored
+            key = jax.lax.dynamic_update_slice_in_dim(keys, key, slot, axis=2)
+            value = jax.lax.dynamic_update_slice_in_dim(values, value, slot, axis=2)
+        grouped = query.reshape(batch, c.kv_heads, c.heads // c.kv_heads, length, c.head_dim)
+        exact = precision(x.dtype)
+        scores = jnp.einsum("bkgtd,bksd->bkgts", grouped, key, precision=exact, preferred_element_type=jnp.float32)
+        scores = jnp.where(mask[:, None, None], scores * c.head_dim**-0.5, jnp.finfo(jnp.float32).min)
+        probabilities = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
+        mixed = jnp.einsum("bkgts,bksd->bkgtd", probabilities, value, precision=exact)
+        mixed = mixed.reshape(batch, c.heads, length, c.head_dim).transpose(0, 2, 1, 3).reshape(batch, length, -1)
+        return Linear(c.hidden_size, name="o")(mixed, dropout), new
+
+
+class MLP(nn.Module):
+    """down(silu(gate x) * up x)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch length hidden"], dropout: Dropout | None) -> Array:
+        wide = self.config.intermediate_size
+        gate = Linear(wide, name="gate")(x, dropout)
+        up = Linear(wide, name="up")(x, dropout)
+        return Linear(self.config.hidden_size, name="down")(jax.nn.silu(gate) * up, dropout)

@@ -1,0 +1,71 @@
+"""What a model is to the rest of the library: pure functions over arrays, hidden states out, never logits."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from unlearnjax.models.config import ModelConfig
+
+
+class Variables(NamedTuple):
+    """What an adapter makes of the base parameters. `lora` has the adapter's scale folded into `b`, or is None."""
+
+    params: PyTree[Array]
+    lora: PyTree[Array] | None = None
+
+
+class Cache(NamedTuple):
+    """Keys and values of the slots written so far. All rows write the same slots: pad prompts on the left."""
+
+    keys: Float[Array, "layers batch kv_heads slots head_dim"]
+    values: Float[Array, "layers batch kv_heads slots head_dim"]
+    segments: Int[Array, "batch slots"]  # 0 marks padding and slots not written yet
+    length: Int[Array, ""]
+
+
+class Taps(NamedTuple):
+    """Activations to read or to replace: arrays given to the forward pass, not hooks.
+
+    Sites are `attention` and `mlp` (a sub-layer's output before the residual sum) and `hidden` (a layer's output).
+    `embed_add` is added to the embeddings (noise on a subject's tokens). `replace[site]` is (where, value): bool
+    [layers, batch, length] and float [layers, batch, length, hidden]. The layer axis is that of the range being run.
+    """
+
+    read: tuple[str, ...] = ()
+    embed_add: Float[Array, "batch length hidden"] | None = None
+    replace: dict[str, tuple[Bool[Array, "layers batch length"], Float[Array, "layers batch length hidden"]]] = {}
+
+
+class Dropout(NamedTuple):
+    """Dropout on the adapters' inputs. The masks depend on key, layer and linear only. `rate` may be traced."""
+
+    key: Array
+    rate: Float[Array, ""]
+
+
+class Output(NamedTuple):
+    """`hidden` is after the final norm when the range reaches the last layer. `taps[site]` is [layers, ...]."""
+
+    hidden: Float[Array, "batch length hidden"]
+    cache: Cache | None
+    taps: dict[str, Float[Array, "layers batch length hidden"]]
+
+
+class Model(NamedTuple):
+    """A causal decoder as functions.
+
+    `forward(params, lora, tokens, *, positions, segments, cache, taps, layers, dropout) -> Output`:
+      tokens: int [batch, length]; or, when `layers` starts above 0, the hidden states [batch, length, hidden] that
+        enter its first layer.
+      positions: int [batch, length], default 0, 1, ...; segments: int [batch, length], attention stays inside a
+        segment and 0 is padding (left padding, right padding and packing are all just segments).
+      layers: (start, stop), default all. Composing two ranges gives the whole, so stopping a gradient between them
+        stops the backward pass there.
+    `abstract(dtype)`: the abstract parameter tree. `head(params)`: the output embedding, [vocab, hidden].
+    """
+
+    config: ModelConfig
+    forward: Callable[..., Output]
+    abstract: Callable[[Any], PyTree]
+    head: Callable[[PyTree], Array]

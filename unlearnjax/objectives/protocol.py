@@ -1,0 +1,53 @@
+"""What a loss term is: a pure function of one candidate's token scores on one side of its step."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from unlearnjax.data.tokens import Side
+from unlearnjax.training.hyperparameters import Hyperparameters
+
+
+class Scores(NamedTuple):
+    """The model's answer tokens on one side, computed once and shared by the side's terms.
+
+    `hidden` are the final hidden states that predict the answers; log p(target) = hidden . head[target] - logsumexp.
+    """
+
+    hidden: Float[Array, "rows answers hidden"]
+    log_probability: Float[Array, "rows answers"]
+    logsumexp: Float[Array, "rows answers"]
+
+
+class Term(NamedTuple):
+    """A term of the objective.
+
+    `loss(scores, side, h) -> [micro]`: the loss of each micro-batch in the step (0 where there is none); the objective
+      weighs them so that an update sees the mean over its micro-batches.
+    `side`: the rows it reads, `forget` or `retain`.
+    `needs`: what it asks of the frozen base, computed once before training: `nll` (per row), `distribution` (E_q[w] and
+      the negative entropy per answer token).
+    """
+
+    name: str
+    side: str
+    needs: frozenset[str]
+    loss: Callable[[Scores, Side, Hyperparameters], Float[Array, " micro"]]
+
+
+def row_sums(values: Float[Array, "rows answers"], side: Side) -> Float[Array, " rows"]:
+    """Sum over each row's answer tokens."""
+    return jnp.sum(jnp.where(side.mask, values, 0.0), axis=1)
+
+
+def token_mean(values: Float[Array, "rows answers"], side: Side) -> Float[Array, " micro"]:
+    """Mean over all answer tokens of each micro-batch."""
+    count = side.assign @ jnp.sum(side.mask.astype(jnp.float32), axis=1)
+    return side.assign @ row_sums(values, side) / jnp.maximum(count, 1.0)
+
+
+def row_mean(values: Float[Array, " rows"], side: Side) -> Float[Array, " micro"]:
+    """Mean over the rows of each micro-batch."""
+    return side.assign @ values / jnp.maximum(jnp.sum(side.assign, axis=1), 1.0)

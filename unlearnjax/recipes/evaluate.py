@@ -1,0 +1,54 @@
+"""The official protocol on a model folder, with or without a PEFT adapter."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from unlearnjax.adapters.lora import scaled
+from unlearnjax.evaluation.protocol import evaluate_candidates
+from unlearnjax.evaluation.semeval import read_mmlu
+from unlearnjax.io.atomic import require_free, staged_file
+from unlearnjax.io.peft import load_adapter
+from unlearnjax.models.language_model import load_model
+from unlearnjax.recipes.prepare import Sources, check_evaluation, load_data
+from unlearnjax.recipes.progress import bars
+
+
+def evaluate(
+    model: str,
+    sources: Sources,
+    out: str | Path,
+    *,
+    adapter: str | None = None,
+    mmlu_file: str | None = None,
+    dtype: str = "float32",
+    max_new_tokens: int = 256,
+    batch_size: int = 32,
+    progress: bool = True,
+    warn: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Generate, attack and score; writes the official CSVs and scores.json under `out`, and returns the scores.
+
+    Raises:
+      UserError: any bad input, before anything is computed or written.
+    """
+    out = require_free(out)
+    data = load_data(sources)
+    lm = load_model(model, dtype)
+    stack = None
+    if adapter is not None:
+        loaded = load_adapter(adapter, lm.config)
+        stack = jax.tree.map(lambda x: x[None], scaled(loaded.lora, loaded.alpha / loaded.rank))
+    mmlu = None if mmlu_file is None else [read_mmlu(mmlu_file)]
+    check_evaluation(lm, data, sources, max_new_tokens)
+    with bars(progress, "evaluating") as bar:
+        (scores,) = evaluate_candidates(
+            lm.model, lm.params, stack, lm.require_tokenizer(), *data, mmlu=mmlu, max_new_tokens=max_new_tokens,
+            batch_size=batch_size, out_folders=[out], progress=bar, warn=warn,
+        )  # fmt: skip
+    with staged_file(out / "scores.json") as path:
+        path.write_text(json.dumps(scores, indent=1), encoding="utf-8")
+    return dict(scores)

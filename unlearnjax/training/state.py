@@ -1,0 +1,67 @@
+"""One candidate's training state, and how an update changes it."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from unlearnjax.adapters.protocol import Adapter
+from unlearnjax.training.hyperparameters import Hyperparameters, learning_rate
+
+
+class State(NamedTuple):
+    """Arrays only; stacked over candidates, a leading axis N on every leaf."""
+
+    trainable: PyTree[Float[Array, "..."]]
+    moments: Any  # optax's Adam state
+    gradient: PyTree[Float[Array, "..."]]  # accumulated since the last update
+    updates: Int[Array, ""]
+    micro_steps: Int[Array, ""]  # steps that held a row of this candidate's; keys the dropout
+    alive: Bool[Array, ""]  # False from the first non-finite loss or gradient norm on
+
+
+ADAM = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
+
+
+def init_state(adapter: Adapter, params: PyTree, h: Hyperparameters) -> State:
+    """A fresh candidate. Its adapter depends on its `init_seed` and on nothing else."""
+    trainable = adapter.init(jax.random.fold_in(jax.random.key(0), h.init_seed), params, h)
+    with jax.numpy_dtype_promotion("standard"):
+        moments = ADAM.init(trainable)
+    zeros = jax.tree.map(jnp.zeros_like, trainable)
+    zero = jnp.zeros((), jnp.int32)
+    return State(trainable, moments, zeros, zero, zero, jnp.ones((), jnp.bool_))
+
+
+def choose(condition: Bool[Array, ""], yes: PyTree, no: PyTree) -> PyTree:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+
+
+def global_norm(tree: PyTree) -> Float[Array, ""]:
+    return jnp.sqrt(sum((jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree)), jnp.zeros((), jnp.float32)))
+
+
+def apply_update(state: State, update: Bool[Array, ""], h: Hyperparameters) -> tuple[State, Float[Array, ""]]:
+    """AdamW (decoupled decay) with the accumulated gradient where `update` holds; returns the gradient norm too.
+
+    A non-finite norm marks the candidate as diverged and leaves everything else as it was.
+    """
+    norm = global_norm(state.gradient)
+    finite = jnp.isfinite(norm)
+    clip = jnp.where(norm > h.max_grad_norm, h.max_grad_norm / jnp.maximum(norm, 1e-12), 1.0)
+    gradient = jax.tree.map(lambda g: g * clip, state.gradient)
+    with jax.numpy_dtype_promotion("standard"):
+        direction, moments = ADAM.update(gradient, state.moments)
+    rate = learning_rate(h, state.updates)
+    trainable = jax.tree.map(lambda p, d: p - rate * (d + h.weight_decay * p), state.trainable, direction)
+    took = update & finite & state.alive
+    return State(
+        choose(took, trainable, state.trainable),
+        choose(took, moments, state.moments),
+        jax.tree.map(lambda g: jnp.where(update, 0.0, g), state.gradient),
+        state.updates + took.astype(jnp.int32),
+        state.micro_steps,
+        state.alive & (finite | ~update),
+    ), norm

@@ -1,0 +1,111 @@
+"""One candidate's step, and the same step mapped over all candidates: the one compiled program of a run."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from unlearnjax.adapters.protocol import Adapter
+from unlearnjax.data.tokens import Store, gather
+from unlearnjax.models.protocol import Dropout, Model
+from unlearnjax.objectives.objective import Objective, evaluate, score
+from unlearnjax.training.hyperparameters import Hyperparameters
+from unlearnjax.training.state import State, apply_update, choose
+
+
+class Task(NamedTuple):
+    """What is fixed for a run and known when it is compiled."""
+
+    model: Model
+    adapter: Adapter
+    objective: Objective
+    use_dropout: bool
+
+
+class Work(NamedTuple):
+    """One candidate's part of a step (stacked: all candidates'). Rows are -1 where a slot is empty."""
+
+    rows: dict[str, Int[Array, " rows"]]
+    micro: Int[Array, " rows"]
+    micro_weight: Float[Array, " rows"]
+    update: Bool[Array, ""]
+
+
+class Metrics(NamedTuple):
+    """This step's share of its update's loss; sum the steps of an update."""
+
+    loss: Float[Array, ""]
+    terms: dict[str, Float[Array, ""]]
+    gradient_norm: Float[Array, ""]  # of the accumulated gradient; meaningful where the step ends an update
+
+
+def loss_of(
+    task: Task, params: PyTree, trainable: PyTree, stores: dict[str, Store], work: Work, h: Hyperparameters,
+    micro_steps: Int[Array, ""], width: int, answers: int,
+) -> tuple[Float[Array, ""], dict[str, Array]]:  # fmt: skip
+    """The forward pass over both sides' rows at once, the token scores at the answers, the weighted terms."""
+    sides = task.objective.sides
+    variables = task.adapter.apply(params, trainable, h)
+    gathered = {s: gather(stores[s], work.rows[s], work.micro, width, answers) for s in sides}
+    tokens = jnp.concatenate([gathered[s][0] for s in sides], axis=0)
+    dropout = None
+    if task.use_dropout:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(1), h.init_seed), micro_steps)
+        dropout = Dropout(key, h.dropout)
+    # Right padding needs no mask: what is real never looks to its right.
+    hidden = task.model.forward(variables.params, variables.lora, tokens, dropout=dropout).hidden
+    head = task.model.head(variables.params)
+    scores = {}
+    for side, part in zip(sides, jnp.split(hidden, len(sides), axis=0), strict=True):
+        _, at, data = gathered[side]
+        scores[side] = score(part, head, at, data, task.adapter.trains_head)
+    return evaluate(task.objective, scores, {s: gathered[s][2] for s in sides}, work.micro_weight, h)
+
+
+def accumulate(
+    task: Task, params: PyTree, stores: dict[str, Store], state: State, work: Work, h: Hyperparameters,
+    width: int, answers: int,
+) -> tuple[State, Metrics]:  # fmt: skip
+    """One candidate's gradient of one step, added to what it has accumulated."""
+    wrt = lambda t: loss_of(task, params, t, stores, work, h, state.micro_steps, width, answers)  # noqa: E731
+    (loss, terms), gradient = jax.value_and_grad(wrt, has_aux=True)(state.trainable)
+    active = jnp.any(next(iter(work.rows.values())) >= 0)
+    alive = state.alive & (jnp.isfinite(loss) | ~active)
+    summed = jax.tree.map(lambda a, g: a + g, state.gradient, gradient)
+    after = state._replace(
+        gradient=choose(active & alive, summed, state.gradient),
+        micro_steps=state.micro_steps + active.astype(jnp.int32),
+        alive=alive,
+    )
+    return after, Metrics(loss, terms, jnp.zeros((), jnp.float32))
+
+
+def step(
+    task: Task, params: PyTree, stores: dict[str, Store], states: State, work: Work, h: Hyperparameters,
+    width: int, answers: int,
+) -> tuple[State, Metrics]:  # fmt: skip
+    """All candidates' step: everything with an axis N is mapped, the base and the rows are shared.
+
+    One candidate's code never mentions N. The update is skipped in steps that end no candidate's accumulation.
+    """
+    one = lambda s, w, c: accumulate(task, params, stores, s, w, c, width, answers)  # noqa: E731
+    states, metrics = jax.vmap(one)(states, work, h)
+
+    def update(states: State) -> tuple[State, Array]:
+        return jax.vmap(apply_update)(states, work.update, h)
+
+    def skip(states: State) -> tuple[State, Array]:
+        return states, jnp.zeros(work.update.shape, jnp.float32)
+
+    states, norms = jax.lax.cond(jnp.any(work.update), update, skip, states)
+    return states, metrics._replace(gradient_norm=norms)
+
+
+def compiled_step(task: Task) -> Any:
+    """`step` jitted for a task: (params, stores, states, work, h, width, answers); the states' buffers are donated."""
+
+    def run(params: Any, stores: Any, states: Any, work: Any, h: Any, width: int, answers: int) -> Any:
+        return step(task, params, stores, states, work, h, width, answers)
+
+    return jax.jit(run, static_argnums=(5, 6), donate_argnums=(2,))
