@@ -30,11 +30,11 @@ def test_good_texts_are_not(text):
 
 
 def test_the_parts():
-    assert distinct_2("a b a b a".split()) == 2 / 4
+    assert distinct_2(["a", "b", "a", "b", "a"]) == 2 / 4
     assert distinct_2(["a"]) == 1.0
-    assert repeated_coverage("a b c x a b c".split()) == 6 / 7
-    assert repeated_coverage("a a a".split()) == 1.0  # occurrences may touch but not overlap
-    assert repeated_coverage("a b c d".split()) == 0.0
+    assert repeated_coverage(["a", "b", "c", "x", "a", "b", "c"]) == 6 / 7
+    assert repeated_coverage(["a", "a", "a"]) == 1.0  # occurrences may touch but not overlap
+    assert repeated_coverage(["a", "b", "c", "d"]) == 0.0
     assert repeated_coverage([]) == 0.0
     assert zlib_ratio("") == 1.0 and zlib_ratio("ab" * 500) < 0.05
 

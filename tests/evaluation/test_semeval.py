@@ -1,7 +1,7 @@
 """The official scores: against the formulas rendered with pandas, rouge_score and scikit-learn, and golden vectors.
 
-The golden vectors need LUME's train split as parquet (`forget_train.parquet`, `retain_train.parquet`) in the folder that
-the environment variable UNLEARNJAX_LUME names.
+The golden vectors need LUME's train split (`forget_train.parquet`, `retain_train.parquet`) in the folder that the
+environment variable UNLEARNJAX_LUME names.
 """
 
 import io
@@ -19,7 +19,7 @@ from unlearnjax.evaluation.membership import Membership, membership
 from unlearnjax.evaluation.probe import Probe, probe
 from unlearnjax.evaluation.semeval import kind_of, score, score_folder
 
-WORDS = "the a Magical stone stones running ran of Hardy 1999 led teams; team's".split()
+WORDS = ["the", "a", "Magical", "stone", "stones", "running", "ran", "of", "Hardy", "1999", "led", "teams;", "team's"]
 ODD = [
     "",
     "nan",
@@ -199,9 +199,15 @@ def test_rows_and_tasks_that_cannot_be_scored_are_said():
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "cannot be read"), ("{", "broken JSON"), ('{"average_ac": 1}', "did you mean 'average_ac'"), ("[]", "no key"),
-     ('{"average_acc": "x"}', "must be a share"), ('{"average_acc": 37.1}', "must be a share")],
-)  # fmt: skip
+    [
+        (None, "cannot be read"),
+        ("{", "broken JSON"),
+        ('{"average_ac": 1}', "did you mean 'average_ac'"),
+        ("[]", "no key"),
+        ('{"average_acc": "x"}', "must be a share"),
+        ('{"average_acc": 37.1}', "must be a share"),
+    ],
+)
 def test_mmlu_file_errors(tmp_path, content, message):
     rows = [Scored("a1qa0", "T", "", "x", "x"), Scored("a1sc1", "T", "", "w", "w")]
     for split in ("forget", "retain"):

@@ -1,7 +1,6 @@
 """Greedy generation against transformers' and PEFT's `generate(do_sample=False)`, token for token, in float32."""
 
 import itertools
-import json
 import warnings
 
 import jax.numpy as jnp
@@ -11,8 +10,7 @@ import pytest
 from unlearnjax.errors import UserError
 from unlearnjax.evaluation import generate as generation
 from unlearnjax.evaluation.generate import generate, generate_candidates
-from unlearnjax.models.config import config_from_hf
-from unlearnjax.models.decoder import build
+from unlearnjax.models.language_model import load_model
 from unlearnjax.models.protocol import Variables
 
 torch = pytest.importorskip("torch")
@@ -36,29 +34,11 @@ def hf_model(name):
     return transformers.LlamaForCausalLM(config).eval()
 
 
-def our_model(reference):
-    """The same weights as our parameter tree."""
-    raw = json.loads(reference.config.to_json_string(use_diff=False))
-    config = config_from_hf(raw | {"architectures": [type(reference).__name__]})
-    state = {k: jnp.asarray(v.numpy()) for k, v in reference.state_dict().items()}
-
-    def layers(name):
-        return jnp.stack([state[f"model.layers.{i}.{name}.weight"] for i in range(config.layers)])
-
-    params = {
-        "embed": {"weight": state["model.embed_tokens.weight"]},
-        "layers": {
-            "attention": {n: {"weight": layers(f"self_attn.{n}_proj")} for n in "qkvo"},
-            "mlp": {n: {"weight": layers(f"mlp.{n}_proj")} for n in ("gate", "up", "down")},
-        },
-    }
-    if config.norm == "rms":
-        params["layers"]["attention_norm"] = {"scale": layers("input_layernorm")}
-        params["layers"]["mlp_norm"] = {"scale": layers("post_attention_layernorm")}
-        params["norm"] = {"scale": state["model.norm.weight"]}
-    if not config.tie_embeddings:
-        params["head"] = {"weight": state["lm_head.weight"]}
-    return build(config), params
+def our_model(reference, folder):
+    """The same weights, by way of a folder that transformers writes."""
+    reference.save_pretrained(folder)
+    ours = load_model(folder)
+    return ours.model, ours.params
 
 
 def reference_generate(reference, prompts, eos, limit):
@@ -93,9 +73,9 @@ def random_lora(model, count, seed=0, rank=3):
 
 
 @pytest.mark.parametrize("name", ["olmo", "llama"])
-def test_equals_transformers(name, monkeypatch):
+def test_equals_transformers(name, monkeypatch, tmp_path):
     reference = hf_model(name)
-    model, params = our_model(reference)
+    model, params = our_model(reference, tmp_path)
     prompts = random_prompts(7, 30)
     free = reference_generate(reference, prompts, (), 48)
     # Two end tokens: a row's third, and one that about half of the rows ever meet.
@@ -119,9 +99,9 @@ def test_equals_transformers(name, monkeypatch):
         assert ours == [row[:limit] for row in free[:4]]
 
 
-def test_dropping_ended_rows_changes_nothing(monkeypatch):
+def test_dropping_ended_rows_changes_nothing(monkeypatch, tmp_path):
     reference = hf_model("olmo")
-    model, params = our_model(reference)
+    model, params = our_model(reference, tmp_path)
     prompts = random_prompts(8, 16, seed=1)
     free = reference_generate(reference, prompts, (), 40)
     # An end token that most rows, but not all, meet.
@@ -145,10 +125,10 @@ def test_dropping_ended_rows_changes_nothing(monkeypatch):
     assert sizes[0] == 8 and len(set(sizes)) > 1, sizes
 
 
-def test_candidates_equal_one_at_a_time_and_peft():
+def test_candidates_equal_one_at_a_time_and_peft(tmp_path):
     peft = pytest.importorskip("peft")
     reference = hf_model("llama")
-    model, params = our_model(reference)
+    model, params = our_model(reference, tmp_path)
     prompts = random_prompts(5, 16, seed=2)
     lora = random_lora(model, 3)
     free = generate_candidates(
@@ -179,9 +159,9 @@ def test_candidates_equal_one_at_a_time_and_peft():
         assert reference_generate(adapted, prompts, settings["eos_token_ids"], 40) == together[n]
 
 
-def test_bad_rows_are_refused():
+def test_bad_rows_are_refused(tmp_path):
     reference = hf_model("olmo")
-    model, params = our_model(reference)
+    model, params = our_model(reference, tmp_path)
     settings = {"eos_token_ids": (), "pad_token_id": PAD, "max_new_tokens": 20, "batch_size": 4}
     variables = Variables(params)
     with pytest.raises(UserError, match=r"row 'b': row longer than the context: 237 tokens and 20 new ones.*256"):

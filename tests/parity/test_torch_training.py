@@ -1,4 +1,4 @@
-"""Losses and updates against torch: the terms from full logits, and ten AdamW steps of a PEFT LoRA on transformers' OLMo."""
+"""Losses and updates against torch: terms from full logits, AdamW steps of a PEFT LoRA on transformers' OLMo."""
 
 import jax
 import jax.numpy as jnp

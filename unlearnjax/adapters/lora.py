@@ -51,7 +51,8 @@ def lora(config: ModelConfig, targets: Sequence[str], rank: int) -> Adapter:
         tree: dict[str, dict[str, dict[str, Array]]] = {}
         for name in targets:
             block, out, inner = config.linears[name]
-            row_keys = jax.vmap(lambda j, k=name_key(key, name): jax.random.fold_in(k, j))(jnp.arange(rank))
+            own_key = name_key(key, name)
+            row_keys = jax.vmap(lambda j, k=own_key: jax.random.fold_in(k, j))(jnp.arange(rank))
             bound = inner**-0.5
             draw = lambda k, n=inner, b=bound: jax.random.uniform(k, (config.layers, n), jnp.float32, -b, b)  # noqa: E731
             a = jax.vmap(draw, out_axes=1)(row_keys)
@@ -78,7 +79,7 @@ def _is_pair(x: object) -> bool:
 
 
 def scaled(lora_tree: PyTree, scale: Array | float) -> PyTree:
-    """The adapter with `scale` folded into every b; `scale` broadcasts from the left (one per candidate, or a scalar)."""
+    """The adapter with `scale` folded into every b; `scale` is a scalar, or one number per candidate of a stack."""
 
     def pair(p: dict[str, Array]) -> dict[str, Array]:
         s = jnp.asarray(scale, jnp.float32)

@@ -8,7 +8,7 @@ def round_up(x: int, multiple: int) -> int:
 
 
 def choose_widths(lengths: np.ndarray, count: int, multiple: int = 1) -> list[int]:
-    """The `count` (or fewer) widths that hold every length with the least padding in all; each a multiple of `multiple`.
+    """At most `count` widths that hold every length with the least padding; each a multiple of `multiple`.
 
     Exact, by dynamic programming over the distinct rounded lengths.
     """

@@ -1,8 +1,8 @@
 """Which rows each candidate sees at each step: one global schedule of length buckets, planned on the host.
 
 All candidates run in lockstep through one compiled program per width, so a step's width is shared. Rows are cut into
-buckets of like length; each candidate's seed permutes the rows inside a bucket, and the order of the steps is drawn once
-for all. Micro-batch size and accumulation are per candidate: a step holds one or more whole micro-batches of each
+buckets of like length; each candidate's seed permutes the rows inside a bucket, and the order of the steps is drawn
+once for all. Micro-batch size and accumulation are per candidate: a step holds one or more whole micro-batches of each
 candidate, told apart by micro-batch ids, and each candidate updates when its own accumulation is full.
 """
 
@@ -18,7 +18,7 @@ from unlearnjax.errors import UserError
 
 
 class Pace(NamedTuple):
-    """One candidate's own rhythm. `micro_batch` and `accumulation` are in rows and micro-batches; `seed` orders its rows."""
+    """One candidate's rhythm: rows per micro-batch, micro-batches per update, epochs, and the seed of its order."""
 
     micro_batch: int
     accumulation: int
@@ -49,7 +49,7 @@ class Schedule(NamedTuple):
 
 
 def rows_per_step(paces: Sequence[Pace], most: int = 8) -> list[int]:
-    """Rows of each candidate in a step: whole micro-batches, a divisor of its rows per update, the same for all if possible."""
+    """Rows of each candidate in a step: whole micro-batches that divide an update, the same for all if possible."""
     per_update = [p.micro_batch * p.accumulation for p in paces]
     common = math.gcd(*per_update)
     fits = [d for d in range(1, common + 1) if common % d == 0 and all(d % p.micro_batch == 0 for p in paces)]
@@ -93,7 +93,7 @@ def _longest(lengths: dict[str, np.ndarray], chunk: int, epoch: int, seed: int) 
     """An epoch's bucketed slots, and the longest row of each chunk of them."""
     slots = _epoch_slots(*lengths.values(), epoch=epoch, seed=seed, bucketed=True)
     begins = range(0, len(slots[0]), chunk)
-    return slots, [max(int(l[s[b : b + chunk]].max()) for s, l in zip(slots, lengths.values())) for b in begins]
+    return slots, [max(int(n[s[b : b + chunk]].max()) for s, n in zip(slots, lengths.values())) for b in begins]
 
 
 def plan(
@@ -105,8 +105,8 @@ def plan(
       sides: token rows by side; the first side is the primary one, whose rows make an epoch.
       paces: one per candidate.
       buckets: how many widths (programs) at most.
-      order: `bucketed`, or `published`: each candidate's own permutation of (forget[i], retain[i mod rows]) pairs, whose
-        lengths are left to chance, so its padding is large.
+      order: `bucketed`, or `published`: each candidate's own permutation of (forget[i], retain[i mod rows]) pairs,
+        whose lengths are left to chance, so its padding is large.
       seed: of what is shared by all candidates (bucket order, which rows of the other side).
     """
     if order not in ("bucketed", "published"):
@@ -184,14 +184,14 @@ def _plan_epoch(
                 continue
             width = groups[k]
             if not bucketed:
-                width = fit(max(int(l[rows[m][rows[m] >= 0]].max()) for m, l in lengths.items()), widths)
+                width = fit(max(int(n[rows[m][rows[m] >= 0]].max()) for m, n in lengths.items()), widths)
             empty = np.zeros(0, np.float32)
             steps.append(Step(width, answers[width], rows, micro, empty, empty, epoch))
     return steps
 
 
 def _mark_updates(steps: list[Step], paces: Sequence[Pace], per_step: list[int]) -> tuple[list[Step], np.ndarray]:
-    """Fill in `update` and `micro_weight`: an update ends when its accumulation is full, or with its candidate's epoch."""
+    """Fill in `update` and `micro_weight`: an update ends when its accumulation is full, or with its epoch."""
     n = len(paces)
     most = max(per_step)
     present = np.stack([next(iter(s.rows.values())) >= 0 for s in steps])  # [S, N, R]

@@ -12,7 +12,7 @@ from unlearnjax.errors import UserError
 
 
 class Tokens(NamedTuple):
-    """Rows kept end to end (numpy): row i is flat[start[i] : start[i] + length[i]], its answer from answer_start[i] on."""
+    """Rows end to end (numpy): row i is flat[start[i] : start[i] + length[i]], its answer from answer_start[i] on."""
 
     flat: np.ndarray  # int32 [tokens]
     start: np.ndarray  # int32 [rows]
@@ -70,7 +70,7 @@ def tokenize(
 
 
 class Reference(NamedTuple):
-    """What the frozen base model says of each row, computed once and shared by all candidates. A field not needed is None.
+    """What the frozen base says of each row, computed once and shared by all candidates. A field not needed is None.
 
     `expectation` is E_q[w], the output embedding's mean under the base's next-token distribution q, and
     `negative_entropy` is sum_v q_v log q_v: with them KL(q || p) needs no vocabulary-sized reference (see
@@ -94,7 +94,8 @@ class Store(NamedTuple):
 
 
 def to_device(tokens: Tokens, reference: Reference | None = None) -> Store:
-    return Store(*(jnp.asarray(x, jnp.int32) for x in tokens), reference or Reference())
+    flat, start, length, answer_start = (jnp.asarray(x, jnp.int32) for x in tokens)
+    return Store(flat, start, length, answer_start, reference or Reference())
 
 
 class Side(NamedTuple):

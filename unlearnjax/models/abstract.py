@@ -27,7 +27,7 @@ def is_info(x: Any) -> bool:
 
 
 def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> PyTree[ArrayInfo]:
-    """The parameter tree of a decoder. Linears keep Hugging Face's orientation [out, in]; layers are stacked in front."""
+    """The parameter tree of a decoder. Linears keep Hugging Face's orientation [out, in], stacked over layers."""
     d, layers = config.hidden_size, config.layers
     axis_of = {"q": "heads", "k": "kv_heads", "v": "kv_heads", "o": "heads", "gate": "mlp", "up": "mlp", "down": "mlp"}
     blocks: dict[str, Any] = {"attention": {}, "mlp": {}}

@@ -12,7 +12,7 @@ ARCHITECTURES = {"OlmoForCausalLM": "olmo", "LlamaForCausalLM": "llama"}
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding. `kind` is `default`, `linear` or `llama3`; the last four only matter for the scaled kinds."""
+    """Rotary position embedding; `kind` is `default`, `linear` or `llama3`, the rest is for the scaled kinds."""
 
     theta: float = 10000.0
     kind: str = "default"

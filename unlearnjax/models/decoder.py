@@ -51,9 +51,9 @@ def init_cache(config: ModelConfig, batch: int, slots: int, dtype: Any) -> Cache
 
 def _attention_mask(length: int, segments: Array | None, cache: Cache | None) -> tuple[Array, Array | None]:
     """Which slots each query sees, [batch or 1, length, slots], and the cache's segments after this call."""
-    if cache is None:
-        slots, start, keys = length, 0, segments
-    else:
+    start: Array | int = 0
+    slots, keys = length, segments
+    if cache is not None:
         slots, start = cache.keys.shape[3], cache.length
         written = jnp.ones((cache.segments.shape[0], length), jnp.int32) if segments is None else segments
         keys = jax.lax.dynamic_update_slice(
@@ -123,15 +123,15 @@ def forward(
 
     step = jax.checkpoint(body) if remat else body
     carry = (x, None if cache is None else (cache.keys, cache.values, cache.length))
-    xs = (stacked, taps.replace, jnp.arange(first, last, dtype=jnp.int32))
+    xs = (stacked, taps.replace or {}, jnp.arange(first, last, dtype=jnp.int32))
     (x, stored), read = jax.lax.scan(step, carry, xs, unroll=max(last - first, 1) if unroll else 1)
 
     if last == config.layers:
         norm_params = {"params": params["norm"]} if "norm" in params else {}
-        x = Norm(config.norm, config.norm_eps).apply(norm_params, x)  # type: ignore[assignment]
+        x = jnp.asarray(Norm(config.norm, config.norm_eps).apply(norm_params, x))
     after = None
-    if cache is not None:
-        after = Cache(stored[0], stored[1], cached_segments, cache.length + length)  # type: ignore[arg-type]
+    if cache is not None and stored is not None and cached_segments is not None:
+        after = Cache(stored[0], stored[1], cached_segments, cache.length + length)
     return Output(x, after, read)
 
 

@@ -38,7 +38,8 @@ class Linear(nn.Module):
         weight = self.param("weight", nn.initializers.lecun_normal(), (self.features, x.shape[-1]))
         y = project(x, weight)
         if self.has_variable("lora", "a"):
-            a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
+            a: Array = self.get_variable("lora", "a")
+            b: Array = self.get_variable("lora", "b")
             dropped = x if dropout is None else drop(x, dropout, self.name or "linear")
             y = y + project(project(dropped, a.astype(x.dtype)), b.astype(x.dtype))
         return y

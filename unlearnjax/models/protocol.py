@@ -34,7 +34,9 @@ class Taps(NamedTuple):
 
     read: tuple[str, ...] = ()
     embed_add: Float[Array, "batch length hidden"] | None = None
-    replace: dict[str, tuple[Bool[Array, "layers batch length"], Float[Array, "layers batch length hidden"]]] = {}
+    replace: dict[str, tuple[Bool[Array, "layers batch length"], Float[Array, "layers batch length hidden"]]] | None = (
+        None
+    )
 
 
 class Dropout(NamedTuple):

@@ -1,5 +1,5 @@
-"""The job of `unlearnjax run` with nothing to download: a small model, made here, learns a generated corpus by heart and
-then forgets half of it."""
+"""The job of `unlearnjax run` with nothing to download: a small model, made here, learns a generated corpus by heart
+and then forgets half of it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ from unlearnjax.recipes.prepare import Sources
 from unlearnjax.recipes.run import run
 from unlearnjax.recipes.schema import Recipe
 
-SIZE = {"hidden_size": 128, "intermediate_size": 384, "layers": 4, "heads": 4}
+WIDTH, INNER, LAYERS, HEADS = 128, 384, 4, 4
 VOCABULARY = 1536
 EPOCHS = 60
 
@@ -31,9 +31,8 @@ def make_base(corpus: Corpus, seed: int, *, epochs: int = EPOCHS, progress: bool
     """A small model of OLMo's architecture that knows the corpus by heart (and its neutral part)."""
     tokenizer = train_tokenizer(tokenizer_texts(seed), VOCABULARY)
     config = ModelConfig(
-        family="olmo", vocab_size=len(tokenizer), kv_heads=SIZE["heads"], norm="layer",
-        head_dim=SIZE["hidden_size"] // SIZE["heads"], max_positions=512,
-        eos_token_ids=(tokenizer.eos_token_id,), pad_token_id=tokenizer.pad_token_id, **SIZE,
+        "olmo", len(tokenizer), WIDTH, INNER, LAYERS, HEADS, HEADS, WIDTH // HEADS, "layer", max_positions=512,
+        eos_token_ids=(tokenizer.eos_token_id,), pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     model = build(config)
     params = init_params(model.abstract(jnp.float32), jax.random.key(seed))
@@ -58,7 +57,7 @@ def write_corpus(corpus: Corpus, folder: Path) -> Sources:
 def demo(
     out: str | Path, *, recipe: Recipe | None = None, seed: int = 0, command: Sequence[str] = (), progress: bool = True
 ) -> dict[str, Any]:
-    """Make the model and the corpus under `out`/data and `out`/base, then unlearn into `out`/result; returns the report.
+    """Make the corpus in `out`/data and the model in `out`/base, then unlearn into `out`/result; returns the report.
 
     Raises:
       UserError: `out` exists and is not empty.

@@ -1,11 +1,14 @@
 """Recipes by name (they ship with the package) or from a YAML file."""
 
+import functools
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from unlearnjax.errors import UserError, nearest
-from unlearnjax.recipes.schema import Recipe, recipe_from
+from unlearnjax.recipes.parse import recipe_from
+from unlearnjax.recipes.schema import Recipe
 
 
 def names() -> list[str]:
@@ -15,33 +18,59 @@ def names() -> list[str]:
     )
 
 
+@functools.cache
+def _loader() -> Any:
+    """PyYAML's safe loader, where `1e-4` is a number (as in YAML 1.2) and a key given twice is an error."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            seen = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} is given twice", key.start_mark
+                    )
+                seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+            return super().construct_mapping(node, deep)
+
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
+    return Loader
+
+
 def _parse(text: str, where: str) -> Any:
     import yaml
 
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _loader())  # a safe loader: plain data only
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{where}:{line} is not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    except (ValueError, RecursionError) as error:  # such as the date 2020-99-99
+        raise UserError(f"{where}: not valid YAML: {error}") from None
 
 
 def load_recipe(name_or_file: str) -> Recipe:
-    """A recipe by name, or from a file (anything with a path separator or ending in .yml or .yaml).
+    """A recipe by its name, or from a file.
 
     Raises:
       UserError: no such recipe (with the nearest name) or file, broken YAML (file and line), or a wrong entry.
     """
-    if "/" in name_or_file or name_or_file.endswith((".yml", ".yaml")) or Path(name_or_file).is_file():
-        path = Path(name_or_file)
-        if not path.is_file():
-            raise UserError(f"{path}: no such recipe file")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: can't be read: {error}") from None
-        return recipe_from(_parse(text, str(path)), str(path))
-    if name_or_file not in names():
+    if name_or_file in names():
+        text = resources.files(__package__).joinpath(f"{name_or_file}.yml").read_text(encoding="utf-8")
+        return recipe_from(_parse(text, name_or_file), f"recipe {name_or_file}")
+    path = Path(name_or_file).expanduser()
+    if not path.is_file():
+        if len(path.parts) > 1 or path.suffix in (".yml", ".yaml"):
+            raise UserError(f"{name_or_file}: no such recipe file")
         raise UserError(f"unknown recipe {name_or_file!r}{nearest(name_or_file, names())}")
-    text = resources.files(__package__).joinpath(f"{name_or_file}.yml").read_text(encoding="utf-8")
-    return recipe_from(_parse(text, name_or_file), f"recipe {name_or_file}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{name_or_file}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name_or_file}: not UTF-8 (byte {error.start}); save the file as UTF-8") from None
+    return recipe_from(_parse(text, name_or_file), name_or_file)

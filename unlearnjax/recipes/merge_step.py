@@ -61,7 +61,7 @@ def _default_semantics(merge: Merge) -> str:
 
 
 def export(merged: Merged, stacked: PyTree[Array], scale: Array, largest_rank: int) -> Exported:
-    """The merge as an adapter. A linear merge of deltas is exact (the candidates side by side); others are truncated."""
+    """The merge as an adapter: exact for a linear merge of deltas (candidates side by side), truncated for others."""
     if merged.lora is not None:
         rank = jax.tree.leaves(merged.lora, is_leaf=_is_pair)[0]["a"].shape[-2]
         return Exported(merged.lora, rank, 0.0)

@@ -289,7 +289,7 @@ def choose_export(recipe: Recipe, merges: Sequence[Merged], models: Sequence[dic
 
 def model_card_for(lm: LanguageModel, report: dict[str, Any], name: str) -> str:
     """README.md of the merged model."""
-    cited = {k: "{source} ({rows} rows, sha256 {sha256})".format(**report["data"][k]) for k in ("forget", "retain")}
+    cite = "{source} ({rows} rows, sha256 {sha256})".format
     entry = next(m for m in report["merges"] if m["name"] == name)
     return model_card(
         title=f"{Path(lm.source).name}, unlearned ({name})",
@@ -299,5 +299,6 @@ def model_card_for(lm: LanguageModel, report: dict[str, Any], name: str) -> str:
         f"{', '.join(entry['candidates'])}.",
         scores=render_markdown_table(report),
         recipe=report["recipe"],
-        **cited,
+        forget=cite(**report["data"]["forget"]),
+        retain=cite(**report["data"]["retain"]),
     )

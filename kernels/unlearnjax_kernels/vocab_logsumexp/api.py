@@ -55,7 +55,7 @@ def vocab_logsumexp(
 def vocab_logsumexp_and_mean(
     hidden: Float[Array, "*lead hidden"], head: Float[Array, "vocab hidden"], *, chunk: int = DEFAULT_CHUNK
 ) -> tuple[Float[Array, "*lead"], Float[Array, "*lead hidden"]]:
-    """`vocab_logsumexp` and the mean of the head's rows under softmax (its gradient), both float32. Not differentiable."""
+    """`vocab_logsumexp` and its gradient, the head's mean row under softmax; both float32 and not differentiable."""
     lead = hidden.shape[:-1]
     flat = jax.lax.stop_gradient(hidden.reshape(-1, hidden.shape[-1]))
     value, mean = xla.logsumexp_and_mean(flat, head, min(chunk, head.shape[0]), with_mean=True)

@@ -1,0 +1,33 @@
+# `make demo` and `make test` set up their own environment: Python 3.11+ and git are all they need.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+OUT ?= demo-out
+
+.PHONY: demo test check clean
+
+# torch first and by its exact version: a range would fetch the newest build, with several GB of CUDA packages.
+.venv/.test: .venv/.base
+	$(PIP) torch==2.13.0
+	$(PIP) -e '.[test]'
+	touch $@
+
+.venv/.base: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) -e .
+	touch $@
+
+demo: .venv/.base
+	$(BIN)/unlearnjax demo --out $(OUT)
+
+# Two workers: most of the time is XLA compiling, which leaves a core idle now and then.
+test: check
+	$(BIN)/python -m pytest -n 2
+
+check: .venv/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv demo-out .mypy_cache .ruff_cache .pytest_cache

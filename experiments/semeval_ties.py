@@ -1,0 +1,149 @@
+"""ZJUKLAB's system (SemEval-2025 Task 4, 2503.21088) on LUME: candidates between over- and under-forgetting, merged.
+
+Command (LUME is a folder with the task's parquet files, from the hub: llmunlearningsemeval2025organization):
+
+    python experiments/semeval_ties.py --forget LUME/forget_validation.parquet \\
+        --retain LUME/retain_validation.parquet --nonmembers LUME/mia/member.jsonl --scale small --out out/semeval_ties
+
+`--scale small` trains a 4-layer OLMo of width 256 from scratch on the rows until it knows them by heart, and beside it
+a gold model on the retain rows alone (same initialisation, same number of epochs): what perfect unlearning would give.
+Its tokenizer is a 4096-entry BPE of the same texts. Members are the forget set's Task3 documents (input + space +
+output, as the organisers made theirs); `--nonmembers` are documents that the model has not seen: for the validation
+rows LUME's member.jsonl serves, because its documents are those of the train split and of the same kind. The probe is
+60 invented general-knowledge questions that are in no split and are learnt by both models.
+
+`--scale paper --model FOLDER_OR_HUB_ID` runs the same on a model that has memorised LUME (the organisers' OLMo-1B or
+7B), without a gold model unless `--gold FOLDER` names one.
+
+Writes the run under --out, and with --results the report without its curves' bulk, the score table and the plot as
+experiments/results/semeval_ties_SCALE.{json,svg}. Hardware of the committed figures: 2 CPU cores (see the JSON).
+Expected from the paper (7B, local): model 1 (over) task aggregate .968, membership AUC .022; model 2 (under) .659,
+.818; merged .939, .501.
+"""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from unlearnjax.data.bpe import train_tokenizer
+from unlearnjax.data.rows import Document, Row, load_documents, load_rows, write_documents, write_rows
+from unlearnjax.data.synthetic import make_corpus
+from unlearnjax.evaluation.protocol import evaluate_candidates
+from unlearnjax.models.abstract import init_params
+from unlearnjax.models.config import ModelConfig
+from unlearnjax.models.decoder import build
+from unlearnjax.models.language_model import LanguageModel, load_model, save_model
+from unlearnjax.recipes.load import load_recipe
+from unlearnjax.recipes.memorise import memorise
+from unlearnjax.recipes.prepare import Sources
+from unlearnjax.recipes.progress import bars
+from unlearnjax.recipes.run import run
+from unlearnjax.report.html import render_html
+from unlearnjax.report.schema import write_report
+from unlearnjax.report.scores import render_markdown_table
+
+HERE = Path(__file__).parent
+EPOCHS = 25
+
+
+def arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--forget", required=True)
+    p.add_argument("--retain", required=True)
+    p.add_argument("--nonmembers", help="documents the model has not seen, of the kind of the forget set's Task3")
+    p.add_argument("--scale", choices=("small", "paper"), default="small")
+    p.add_argument("--model", help="for --scale paper: a folder or hub id")
+    p.add_argument("--gold", help="for --scale paper: a model trained on the retain set only")
+    p.add_argument("--recipe", help="default: experiments/semeval_ties_SCALE.yml")
+    p.add_argument("--dtype", default="float32")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--work", default="out/semeval_ties_models", help="where the small models are kept between runs")
+    p.add_argument("--out", required=True)
+    return p.parse_args()
+
+
+def small_models(forget: list[Row], retain: list[Row], probe: list[Row], extra: list[Document], a: Any) -> tuple:
+    """Base and gold, made once and kept under --work."""
+    work = Path(a.work)
+    texts = [x for r in (*forget, *retain, *probe) for x in (r.input, r.output)] + [d.document for d in extra]
+    # The unseen documents are in the tokenizer's texts too: else their names would be cut finer, and give them away.
+    tokenizer = train_tokenizer(texts, 4096)
+    config = ModelConfig(
+        "olmo", len(tokenizer), 256, 768, 4, 8, 8, 32, "layer", max_positions=1024,
+        eos_token_ids=(tokenizer.eos_token_id,), pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model = build(config)
+    made = []
+    for name, rows in (("base", [*forget, *retain, *probe]), ("gold", [*retain, *probe])):
+        folder = work / f"{name}-seed{a.seed}"
+        if not folder.exists():
+            start = init_params(model.abstract(jnp.float32), jax.random.key(a.seed))
+            params, losses = memorise(
+                model,
+                start,
+                tokenizer,
+                rows,
+                epochs=EPOCHS,
+                buckets=6,
+                seed=a.seed,
+                progress=True,
+                label=f"memorising ({name})",
+            )
+            print(f"{name}: loss {losses[0]:.2f} -> {losses[-1]:.3f} over {len(losses)} updates", file=sys.stderr)
+            save_model(LanguageModel(params, config, tokenizer, model, name), folder)
+        made.append(load_model(str(folder)))
+    return tuple(made)
+
+
+def main() -> None:
+    a = arguments()
+    forget, retain = load_rows(a.forget), load_rows(a.retain)
+    nonmembers = load_documents(a.nonmembers) if a.nonmembers else []
+    members = [
+        Document(r.id.removesuffix("sc1"), f"{r.input} {r.output}")
+        for r in forget
+        if r.task == "Task3" and r.id[:-1].endswith("sc")
+    ]
+    probe = make_corpus(a.seed).neutral
+    if a.scale == "small":
+        base, gold = small_models(forget, retain, probe, [*members, *nonmembers], a)
+    else:
+        base, gold = load_model(a.model, a.dtype), load_model(a.gold, a.dtype) if a.gold else None
+
+    data = Path(a.work) / "data"
+    data.mkdir(parents=True, exist_ok=True)
+    write_documents(data / "members.jsonl", members)
+    write_rows(data / "probe.jsonl", probe)
+    sources = Sources(
+        a.forget,
+        a.retain,
+        str(data / "members.jsonl") if nonmembers else None,
+        a.nonmembers if nonmembers else None,
+        str(data / "probe.jsonl") if a.scale == "small" else None,
+    )
+    recipe = load_recipe(a.recipe or str(HERE / f"semeval_ties_{a.scale}.yml"))
+    recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, seed=a.seed))
+    command = ["python", "experiments/semeval_ties.py", "--scale", a.scale]
+    report = run(base, sources, a.out, recipe, command=command, title=f"ZJUKLAB's system on LUME ({a.scale})")
+
+    if gold is not None:
+        with bars(True, "gold") as bar:
+            (scores,) = evaluate_candidates(
+                gold.model, gold.params, None, gold.require_tokenizer(), forget, retain,
+                members if nonmembers else None, nonmembers or None, probe if a.scale == "small" else None,
+                max_new_tokens=recipe.evaluation.max_new_tokens, out_folders=[Path(a.out) / "generations" / "gold"],
+                progress=bar,
+            )  # fmt: skip
+        report["models"].insert(1, {"name": "gold", "kind": "gold", "scores": scores})
+    write_report(Path(a.out), report)
+    (Path(a.out) / "report.html").write_text(render_html(report), encoding="utf-8")
+    print(render_markdown_table(report))
+
+
+if __name__ == "__main__":
+    main()

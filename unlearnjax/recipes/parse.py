@@ -1,0 +1,255 @@
+"""Plain data (a parsed YAML file) to a recipe: every entry is checked here, before anything is computed."""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from unlearnjax.errors import UserError, check_known
+from unlearnjax.recipes.schema import (
+    SCHEDULES,
+    AdapterSpec,
+    Candidate,
+    Evaluation,
+    Merge,
+    Recipe,
+    Training,
+    rule_of,
+)
+
+SECTIONS = ("name", "defaults", "candidates", "grid", "merges", "adapter", "training", "evaluation")
+HYPERPARAMETERS = tuple(f.name for f in dataclasses.fields(Candidate) if f.name != "name")
+# What the report and the output folder call other things.
+RESERVED = ("base", "gold", "best")
+# A candidate's or a merge's name is a folder's name, on every file system.
+_NAME = re.compile(r"\w[\w.,+=()\[\] -]*(?<![. ])")
+_LONGEST_NAME = 120  # bytes; folders are written beside their place under a longer name, of at most 255
+
+
+class _Range(NamedTuple):
+    """What a value must be: the test, and the same in words."""
+
+    holds: Callable[[Any], bool]
+    words: str
+
+
+def _is_number(value: Any) -> bool:
+    """A number that float32 holds; booleans are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 3.4e38
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, Sequence) and all(isinstance(v, str) for v in value))
+
+
+_POSITIVE = _Range(lambda v: _is_number(v) and v > 0, "a number above 0")
+_COUNT = _Range(lambda v: _is_whole(v) and 0 < v < 2**31, "a whole number above 0")
+_SEED = _Range(lambda v: _is_whole(v) and 0 <= v < 2**32, "a whole number from 0 to 2^32 - 1")
+_TEXT = _Range(lambda v: isinstance(v, str) and v != "", "text (in quotes, if it looks like something else)")
+_RANGES: dict[type, dict[str, _Range]] = {
+    Candidate: {
+        "name": _TEXT,
+        "objective": _Range(lambda v: isinstance(v, (str, Mapping)), "a name or a mapping of terms to weights"),
+        "learning_rate": _POSITIVE,
+        "weight_decay": _Range(lambda v: _is_number(v) and v >= 0, "a number of at least 0"),
+        "max_grad_norm": _Range(lambda v: v is None or _POSITIVE.holds(v), "a number above 0, or null"),
+        "schedule": _TEXT,
+        "warmup_ratio": _Range(lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1"),
+        "epochs": _COUNT,
+        "micro_batch": _COUNT,
+        "accumulation": _COUNT,
+        "beta": _POSITIVE,
+        "rank": _COUNT,
+        "alpha": _POSITIVE,
+        "dropout": _Range(lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 to below 1"),
+        "init_seed": _SEED,
+        "order_seed": _SEED,
+    },
+    AdapterSpec: {
+        "type": _TEXT,
+        "targets": _Range(lambda v: _is_names(v) and len(v) > 0, "`all`, or a list of names"),
+    },
+    Training: {"order": _TEXT, "buckets": _COUNT, "seed": _SEED},
+    Merge: {
+        "method": _TEXT,
+        "space": _TEXT,
+        "semantics": _Range(lambda v: v is None or isinstance(v, str), "a name, or null"),
+        "weights": _Range(
+            lambda v: v is None or (isinstance(v, Sequence) and not isinstance(v, str) and all(map(_is_number, v))),
+            "a list of numbers, one per candidate",
+        ),
+        "name": _Range(lambda v: isinstance(v, str), _TEXT.words),
+        "rank": _Range(lambda v: v is None or _COUNT.holds(v), "a whole number above 0, or null"),
+    },
+    Evaluation: {"semantics": _TEXT, "max_new_tokens": _COUNT, "batch_size": _COUNT, "export": _TEXT},
+}
+
+
+def _mapping(raw: Any, what: str, where: str) -> dict[str, Any]:
+    if not isinstance(raw, Mapping):
+        raise UserError(f"{where}: must be a mapping of {what}, not {raw!r}")
+    for key in raw:
+        if not isinstance(key, str):
+            raise UserError(f"{where}: the key {key!r} is not text")
+    return dict(raw)
+
+
+def _list(raw: Any, what: str, where: str) -> list[Any]:
+    if not isinstance(raw, Sequence) or isinstance(raw, str):
+        raise UserError(f"{where}: must be a list of {what}, not {raw!r}")
+    return list(raw)
+
+
+def _check_ranges(kind: type, values: Mapping[str, Any], where: str) -> None:
+    for name, (holds, words) in _RANGES[kind].items():
+        if name in values and not holds(values[name]):
+            raise UserError(f"{where}: {name} must be {words}, not {values[name]!r}")
+
+
+def _section(kind: type, raw: Any, where: str) -> Any:
+    values = _mapping({} if raw is None else raw, "settings", where)
+    check_known(values, _RANGES[kind], "key", where)
+    _check_ranges(kind, values, where)
+    return kind(**values)
+
+
+def _candidate(values: Mapping[str, Any], where: str) -> Candidate:
+    from unlearnjax.objectives.objective import expand
+
+    check_known(values, ["name", *HYPERPARAMETERS], "hyperparameter", where)
+    _check_ranges(Candidate, values, where)
+    candidate = Candidate(**values)
+    check_known([candidate.schedule], SCHEDULES, "schedule", where)
+    if isinstance(candidate.objective, Mapping):
+        for term, weight in _mapping(candidate.objective, "terms to weights", f"{where}: objective").items():
+            if not _is_number(weight):
+                raise UserError(f"{where}: objective: the weight of {term} must be a finite number, not {weight!r}")
+    weights = expand(candidate.objective, where)
+    if not any(weights.values()):
+        raise UserError(f"{where}: objective: at least one term needs a weight that is not 0")
+    return dataclasses.replace(candidate, objective=weights)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "+".join(f"{term}{weight}" for term, weight in value.items())
+    return "none" if value is None else str(value)
+
+
+def _candidates(raw: Mapping[str, Any], where: str) -> tuple[Candidate, ...]:
+    """The listed candidates, then one per point of the grid; all of them on top of the defaults."""
+    given = {name: {} if raw.get(name) is None else raw[name] for name in ("defaults", "grid")}
+    defaults = _mapping(given["defaults"], "hyperparameters", f"{where}: defaults")
+    grid = _mapping(given["grid"], "hyperparameters to lists of values", f"{where}: grid")
+    for section, values in (("defaults", defaults), ("grid", grid)):
+        check_known(values, HYPERPARAMETERS, "hyperparameter", f"{where}: {section}")
+    listed = raw.get("candidates") or []
+    entries = []
+    for i, entry in enumerate(_list(listed, "candidates", f"{where}: candidates"), start=1):
+        entries.append({"name": f"candidate-{i}", **_mapping(entry, "hyperparameters", f"{where}: candidate {i}")})
+    for name, values in grid.items():
+        if not _list(values, "values", f"{where}: grid: {name}"):
+            raise UserError(f"{where}: grid: {name} has no values; give at least one")
+    for point in itertools.product(*grid.values()) if grid else ():
+        name = "-".join(f"{k}{_short(v)}" for k, v in zip(grid, point, strict=True))
+        entries.append({"name": name, **dict(zip(grid, point, strict=True))})
+    if not entries:
+        raise UserError(f"{where}: no candidates; list them under candidates or grid")
+    return tuple(_candidate({**defaults, **e}, f"{where}: candidate {e['name']!r}") for e in entries)
+
+
+def _check_merge(merge: Merge, count: int, where: str) -> None:
+    """Everything that `unlearnjax.merge` would refuse after the training, before it."""
+    import numpy as np
+
+    from unlearnjax.merging.api import check_hyperparameters, methods
+
+    check_known([merge.method], methods(), "merge method", where)
+    check_known([merge.space], methods()[merge.method].spaces, f"space of {merge.method}", where)
+    for name, value in merge.hyperparameters.items():
+        if not isinstance(value, (bool, int, float, str)):
+            raise UserError(f"{where}: {name} must be a number, true or false, or a name, not {value!r}")
+    try:
+        method, rule = rule_of(merge)
+        settings = check_hyperparameters(method, rule, merge.hyperparameters)
+    except UserError as error:
+        raise UserError(f"{where}: {str(error).removeprefix('merge: ')}") from None
+    if merge.space not in rule.spaces:
+        able = [r.semantics for r in method.rules if merge.space in r.spaces]
+        raise UserError(
+            f"{where}: {merge.method} with semantics {rule.semantics} does not work in space {merge.space}; "
+            f"semantics that do: {', '.join(able)}"
+        )
+    if merge.weights is not None:
+        if len(merge.weights) != count:
+            raise UserError(f"{where}: {len(merge.weights)} weights for {count} candidates; give one for each")
+        problem = rule.check_weights(np.asarray(merge.weights, np.float32), settings)
+        if problem:
+            raise UserError(f"{where}: weights {list(merge.weights)} do not suit {merge.method}: {problem}")
+
+
+def _merge(raw: Any, count: int, where: str) -> Merge:
+    given = _mapping(raw, "a method and its hyperparameters", where)
+    if "method" not in given:
+        raise UserError(f"{where}: names no method")
+    own = {k: v for k, v in given.items() if k in _RANGES[Merge]}
+    rest = {k: v for k, v in given.items() if k not in own}
+    _check_ranges(Merge, own, where)
+    merge = Merge(**own, hyperparameters=rest)
+    _check_merge(merge, count, where)
+    if merge.name:
+        return merge
+    extras = [f"{k}{_short(v)}" for k, v in sorted(rest.items())]
+    parts = [merge.method, merge.space, *([merge.semantics] if merge.semantics else []), *extras]
+    return dataclasses.replace(merge, name="-".join(parts))
+
+
+def _check_names(names: Sequence[str], where: str) -> None:
+    """Each name is a folder and a row of the report: it must be usable as both, and be there once."""
+    seen: dict[str, str] = {}
+    for name in names:
+        if not _NAME.fullmatch(name) or len(name.encode()) > _LONGEST_NAME:
+            raise UserError(f"{where}: {name!r} can't be a folder's name; use some letters, digits, -, _, . and +")
+        if name.casefold() in RESERVED:
+            raise UserError(f"{where}: the name {name!r} has a meaning of its own in the report; choose another")
+        if name.casefold() in seen:
+            # Where capitals don't count, the second would overwrite the first one's folder.
+            raise UserError(
+                f"{where}: the names {seen[name.casefold()]!r} and {name!r} are the same; give each its own"
+            )
+        seen[name.casefold()] = name
+
+
+def recipe_from(raw: Any, where: str) -> Recipe:
+    """Check plain data (a parsed YAML file) and make a recipe of it.
+
+    Args:
+      raw: the data; see `SECTIONS` for its keys.
+      where: what an error message calls it, such as the file.
+
+    Raises:
+      UserError: an unknown key (with the nearest valid one), a value out of range, a merge that could not be computed,
+        or a name used twice.
+    """
+    raw = _mapping(raw, f"the keys {', '.join(SECTIONS)}", where)
+    check_known(raw, SECTIONS, "key", where)
+    if not _TEXT.holds(raw.get("name", "unnamed")):
+        raise UserError(f"{where}: name must be {_TEXT.words}, not {raw['name']!r}")
+    candidates = _candidates(raw, where)
+    adapter = _section(AdapterSpec, raw.get("adapter"), f"{where}: adapter")
+    check_known([adapter.type], ["lora"], "adapter type", f"{where}: adapter")
+    training = _section(Training, raw.get("training"), f"{where}: training")
+    check_known([training.order], ["bucketed", "published"], "order", f"{where}: training")
+    evaluation = _section(Evaluation, raw.get("evaluation"), f"{where}: evaluation")
+    check_known([evaluation.semantics], ["official"], "semantics", f"{where}: evaluation")
+    listed = enumerate(_list(raw.get("merges") or [], "merges", f"{where}: merges"), start=1)
+    merges = tuple(_merge(m, len(candidates), f"{where}: merge {i}") for i, m in listed)
+    _check_names([c.name for c in candidates] + [m.name for m in merges], where)
+    if evaluation.export != "best":
+        check_known([evaluation.export], [m.name for m in merges], "merge", f"{where}: evaluation: export")
+    return Recipe(raw.get("name", "unnamed"), candidates, merges, adapter, training, evaluation)
