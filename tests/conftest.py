@@ -1,11 +1,11 @@
 """Every test runs under the strictest JAX there is: 8 CPU devices, no silent dtype or rank promotion, no warnings.
 
-Most of the suite's time is XLA compiling small programs, so tests compile at the lowest optimisation level and share a
-cache of compiled programs for the session's lifetime.
+Most of the suite's time is XLA compiling small programs, so tests compile at the lowest optimisation level and keep
+their compiled programs in .pytest_cache, for each other and for the next run.
 """
 
 import os
-import tempfile
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
@@ -18,11 +18,8 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# pytest-xdist's workers share the session's folder; alone, the process has its own.
-_programs = os.path.join(
-    tempfile.gettempdir(), f"unlearnjax-tests-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}"
-)
-jax.config.update("jax_compilation_cache_dir", _programs)
+_programs = Path(__file__).parent.parent / ".pytest_cache" / "programs"
+jax.config.update("jax_compilation_cache_dir", str(_programs))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

@@ -4,27 +4,35 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unlearnjax.recipes.prepare import Sources
 
 
-def _sources(a: argparse.Namespace):  # type: ignore[no-untyped-def]
+def _sources(a: argparse.Namespace) -> "Sources":
     from unlearnjax.recipes.prepare import Sources
 
     return Sources(a.forget, a.retain, a.members, a.nonmembers, a.probe)
 
 
-def _show(report: dict, out: Path) -> None:
+def _warn(message: str) -> None:
+    print(f"unlearnjax: warning: {message}", file=sys.stderr)
+
+
+def _show(report: dict[str, Any], out: Path) -> None:
+    from unlearnjax.errors import UserError
     from unlearnjax.report.scores import render_markdown_table
 
     print(render_markdown_table(report))
     for warning in report["warnings"]:
-        print(f"warning: {warning}")
+        _warn(warning)
     print(f"report: {out / 'report.html'}")
     if "exported" in report:
         print(f"model:  {out / 'model'} (the merge {report['exported']})")
-
-
-def _warn(message: str) -> None:
-    print(f"unlearnjax: warning: {message}", file=sys.stderr)
+    elif report["recipe"]["merges"]:
+        curves = out / "report.html"
+        raise UserError(f"no model was written, because candidates diverged; lower learning_rate (curves: {curves})")
 
 
 def run(a: argparse.Namespace) -> None:
@@ -43,8 +51,8 @@ def demo(a: argparse.Namespace) -> None:
     from unlearnjax.recipes.demo import demo
     from unlearnjax.recipes.load import load_recipe
 
-    if a.seed < 0:
-        raise UserError(f"--seed must be at least 0, not {a.seed}")
+    if not 0 <= a.seed < 2**32:
+        raise UserError(f"--seed must be from 0 to 2^32 - 1, not {a.seed}")
     report = demo(a.out, recipe=load_recipe(a.recipe), seed=a.seed, command=a.command_line, progress=not a.quiet)
     _show(report, Path(a.out) / "result")
 

@@ -4,10 +4,10 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from unlearnjax.cli import commands
-from unlearnjax.errors import UserError
+from unlearnjax.errors import UserError, nearest
 
 
 class _Parser(argparse.ArgumentParser):
@@ -16,17 +16,24 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Called for each command with what follows it: what it does not know is refused here, by its own name."""
+        found, unknown = super().parse_known_args(args, namespace)
+        for argument in unknown:
+            hint = nearest(argument, self._option_string_actions) if argument.startswith("-") else ""
+            self.error(f"unknown {'option' if hint else 'argument'} {argument!r}{hint}")
+        return found, unknown
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = _Parser(
-        prog="unlearnjax", description="Machine unlearning: train many candidates at once, merge them into one."
-    )
+    text = "Machine unlearning: train many candidates at once, merge them into one."
+    top = _Parser(prog="unlearnjax", description=text, allow_abbrev=False)
     top.add_argument("--version", action="store_true", help="print the version and exit")
     sub = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
 
     def add(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
-        p = sub.add_parser(name, help=text, description=text)
+        p = sub.add_parser(name, help=text, description=text, allow_abbrev=False)
         p.set_defaults(run=run)
         p.add_argument("--quiet", action="store_true", help="no progress bars")
         return p
@@ -70,8 +77,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
-    # The tokenizers warn at every fork otherwise; a user's own setting wins.
+    # The tokenizers warn at every fork otherwise, and transformers of long rows; a user's own setting wins.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         arguments = parser().parse_args(argv)
         if arguments.version:

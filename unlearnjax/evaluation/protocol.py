@@ -26,6 +26,8 @@ from unlearnjax.evaluation.membership import membership
 from unlearnjax.evaluation.nll import token_nll_candidates
 from unlearnjax.evaluation.probe import probe as score_probe
 from unlearnjax.evaluation.semeval import Scores, score
+from unlearnjax.models.config import ModelConfig
+from unlearnjax.models.decoder import build
 from unlearnjax.models.protocol import Model, Variables
 
 PROBE_ROOM = 8  # new tokens for the probe beyond its longest answer; a generation that needs more cannot match
@@ -136,6 +138,12 @@ def _stage(progress: Progress | None, what: str, total: int) -> Callable[[int], 
     return advance
 
 
+@functools.lru_cache(maxsize=4)
+def _scanned(config: ModelConfig) -> Model:
+    # Scanned layers decode faster than unrolled ones, which copy the cache, and compile in half the time.
+    return build(config, unroll=False)
+
+
 def _run(
     model: Model,
     params: PyTree[Array],
@@ -153,7 +161,7 @@ def _run(
         if not work.ids:
             return [[] for _ in range(count)]
         found = generate_candidates(
-            model,
+            _scanned(model.config),
             params,
             lora,
             work.ids,

@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int, PyTree
 
 from unlearnjax.models.abstract import abstract_params
@@ -49,8 +50,29 @@ def init_cache(config: ModelConfig, batch: int, slots: int, dtype: Any) -> Cache
     )
 
 
+@custom_vmap
+def _write(cache: Array, new: Array, layer: Array, slot: Array) -> Array:
+    """`cache` with `new` written from `layer` and `slot` on; both [..., layers, batch, kv_heads, slots, head_dim]."""
+    zero = jnp.zeros((), jnp.int32)
+    return jax.lax.dynamic_update_slice(cache, new, (*[zero] * (cache.ndim - 5), layer, zero, zero, slot, zero))
+
+
+@_write.def_vmap
+def _write_mapped(
+    size: int, mapped: list[bool], cache: Array, new: Array, layer: Array, slot: Array
+) -> tuple[Array, bool]:
+    # JAX's own rule makes a scatter of it, which XLA does not do in place.
+    if mapped[2] or mapped[3]:
+        raise ValueError("all rows of all candidates must have written the same number of slots")
+    cache, new = (x if m else jnp.broadcast_to(x[None], (size, *x.shape)) for x, m in zip((cache, new), mapped))
+    return _write(cache, new, layer, slot), True
+
+
 def _attention_mask(length: int, segments: Array | None, cache: Cache | None) -> tuple[Array, Array | None]:
-    """Which slots each query sees, [batch or 1, length, slots], and the cache's segments after this call."""
+    """Which keys each query sees, [batch or 1, length, slots + length], and the cache's segments after this call.
+
+    The keys are the cache's slots, where there are any to read, and then this call's own.
+    """
     start: Array | int = 0
     slots, keys = length, segments
     if cache is not None:
@@ -60,11 +82,15 @@ def _attention_mask(length: int, segments: Array | None, cache: Cache | None) ->
             cache.segments, written.astype(jnp.int32), (jnp.zeros((), jnp.int32), start)
         )
         segments = written
-    causal = jnp.arange(slots, dtype=jnp.int32)[None, :] <= start + jnp.arange(length, dtype=jnp.int32)[:, None]
+    causal = jnp.arange(length, dtype=jnp.int32)[None, :] <= jnp.arange(length, dtype=jnp.int32)[:, None]
     if segments is None or keys is None:
         return causal[None], None
     # A padding query (segment 0) sees only padding, so its softmax row stays finite and its output is never read.
-    return causal[None] & (segments[:, :, None] == keys[:, None, :]), keys
+    own = causal[None] & (segments[:, :, None] == segments[:, None, :])
+    if cache is None or slots == length:
+        return own, keys
+    written = jnp.arange(slots, dtype=jnp.int32)[None, None, :] < start
+    return jnp.concatenate([written & (segments[:, :, None] == cache.segments[:, None, :]), own], axis=-1), keys
 
 
 def forward(
@@ -105,33 +131,30 @@ def forward(
     if not whole:
         stacked = jax.tree.map(lambda leaf: leaf[first:last], stacked)
 
-    def body(carry: tuple[Array, Any], xs: tuple[Any, Any, Array]) -> tuple[tuple[Array, Any], Any]:
-        x, stored = carry
-        variables, replace, index = xs
-        here = None if stored is None else (stored[0][index], stored[1][index], stored[2])
+    def body(x: Array, xs: tuple[Any, Any, Array, Any]) -> tuple[Array, Any]:
+        variables, replace, index, here = xs
         dropped = None if dropout is None else Dropout(jax.random.fold_in(dropout.key, index), dropout.rate)
-        x, (key, value), seen = layer.apply(variables, x, rotation, mask, here, dropped, replace)  # type: ignore[misc]
-        if stored is not None:
-            zero = jnp.zeros((), jnp.int32)
-            at = (index, zero, zero, stored[2], zero)
-            stored = (
-                jax.lax.dynamic_update_slice(stored[0], key[None], at),
-                jax.lax.dynamic_update_slice(stored[1], value[None], at),
-                stored[2],
-            )
-        return (x, stored), {site: seen[site] for site in taps.read}
+        x, new, seen = layer.apply(variables, x, rotation, mask, here, dropped, replace)  # type: ignore[misc]
+        return x, ({site: seen[site] for site in taps.read}, None if cache is None else new)
 
     step = jax.checkpoint(body) if remat else body
-    carry = (x, None if cache is None else (cache.keys, cache.values, cache.length))
-    xs = (stacked, taps.replace or {}, jnp.arange(first, last, dtype=jnp.int32))
-    (x, stored), read = jax.lax.scan(step, carry, xs, unroll=max(last - first, 1) if unroll else 1)
+    # A call as long as the cache can only be the first one: it finds no slots to read.
+    stored = None
+    if cache is not None and cache.keys.shape[3] != length:
+        stored = (cache.keys[first:last], cache.values[first:last])
+    xs = (stacked, taps.replace or {}, jnp.arange(first, last, dtype=jnp.int32), stored)
+    x, (read, new) = jax.lax.scan(step, x, xs, unroll=max(last - first, 1) if unroll else 1)
 
     if last == config.layers:
         norm_params = {"params": params["norm"]} if "norm" in params else {}
         x = jnp.asarray(Norm(config.norm, config.norm_eps).apply(norm_params, x))
     after = None
-    if cache is not None and stored is not None and cached_segments is not None:
-        after = Cache(stored[0], stored[1], cached_segments, cache.length + length)
+    if cache is not None and cached_segments is not None:
+        # All layers' keys in one write, after the last read: XLA then updates the cache in place.
+        at = jnp.full((), first, jnp.int32)
+        keys = _write(cache.keys, new[0], at, cache.length)
+        values = _write(cache.values, new[1], at, cache.length)
+        after = Cache(keys, values, cached_segments, cache.length + length)
     return Output(x, after, read)
 
 

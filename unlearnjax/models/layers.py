@@ -74,14 +74,14 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "batch length hidden"],
         rotation: tuple[Array, Array],
-        mask: Bool[Array, "batch_or_1 length slots"],
-        stored: tuple[Array, Array, Array] | None,
+        mask: Bool[Array, "batch_or_1 length keys"],
+        stored: tuple[Array, Array] | None,
         dropout: Dropout | None,
     ) -> tuple[Array, tuple[Array, Array]]:
         """Returns the output and this call's keys and values, [batch, kv_heads, length, head_dim] each.
 
-        `stored` is (keys, values, slot): this layer's cache, [batch, kv_heads, slots, head_dim], and the first slot
-        that this call's keys take.
+        `stored` is (keys, values) of earlier calls, [batch, kv_heads, slots, head_dim]; the mask's last axis is these
+        slots and then this call's own keys. The cache is only read here: written layer by layer, XLA would copy it.
         """
         c = self.config
         batch, length, _ = x.shape
@@ -94,19 +94,26 @@ class Attention(nn.Module):
 
         query = rotate(heads("q", c.heads), *rotation)
         key, value = rotate(heads("k", c.kv_heads), *rotation), heads("v", c.kv_heads)
-        new = (key, value)
-        if stored is not None:
-            keys, values, slot = stored
-            key = jax.lax.dynamic_update_slice_in_dim(keys, key, slot, axis=2)
-            value = jax.lax.dynamic_update_slice_in_dim(values, value, slot, axis=2)
         grouped = query.reshape(batch, c.kv_heads, c.heads // c.kv_heads, length, c.head_dim)
         exact = precision(x.dtype)
-        scores = jnp.einsum("bkgtd,bksd->bkgts", grouped, key, precision=exact, preferred_element_type=jnp.float32)
+
+        def against(keys: Array) -> Array:
+            return jnp.einsum("bkgtd,bksd->bkgts", grouped, keys, precision=exact, preferred_element_type=jnp.float32)
+
+        def mix(shares: Array, values: Array) -> Array:
+            return jnp.einsum("bkgts,bksd->bkgtd", shares, values, precision=exact)
+
+        scores = against(key)
+        if stored is not None:
+            scores = jnp.concatenate([against(stored[0]), scores], axis=-1)
         scores = jnp.where(mask[:, None, None], scores * c.head_dim**-0.5, jnp.finfo(jnp.float32).min)
         probabilities = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-        mixed = jnp.einsum("bkgts,bksd->bkgtd", probabilities, value, precision=exact)
+        slots = probabilities.shape[-1] - length
+        mixed = mix(probabilities[..., slots:], value)
+        if stored is not None:
+            mixed = mixed + mix(probabilities[..., :slots], stored[1])
         mixed = mixed.reshape(batch, c.heads, length, c.head_dim).transpose(0, 2, 1, 3).reshape(batch, length, -1)
-        return Linear(c.hidden_size, name="o")(mixed, dropout), new
+        return Linear(c.hidden_size, name="o")(mixed, dropout), (key, value)
 
 
 class MLP(nn.Module):

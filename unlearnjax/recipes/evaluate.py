@@ -5,15 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from unlearnjax.adapters.lora import scaled
+from unlearnjax.errors import UserError
+from unlearnjax.evaluation.generate import stack_of_one
 from unlearnjax.evaluation.protocol import evaluate_candidates
 from unlearnjax.evaluation.semeval import read_mmlu
 from unlearnjax.io.atomic import require_free, staged_file
+from unlearnjax.io.huggingface import check_dtype, load_params, resolve
 from unlearnjax.io.peft import load_adapter
-from unlearnjax.models.language_model import load_model
-from unlearnjax.recipes.prepare import Sources, check_evaluation, load_data
+from unlearnjax.recipes.prepare import Sources, check_evaluation, load_data, without_weights
 from unlearnjax.recipes.progress import bars
 
 
@@ -36,17 +36,23 @@ def evaluate(
       UserError: any bad input, before anything is computed or written.
     """
     out = require_free(out)
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise UserError(f"{name} must be at least 1, not {value}")
+    check_dtype(dtype)
+    mmlu = None if mmlu_file is None else [read_mmlu(mmlu_file)]
     data = load_data(sources)
-    lm = load_model(model, dtype)
+    folder = resolve(model)
+    lm = without_weights(folder, model)
+    check_evaluation(lm, data, sources, max_new_tokens)
     stack = None
     if adapter is not None:
         loaded = load_adapter(adapter, lm.config)
-        stack = jax.tree.map(lambda x: x[None], scaled(loaded.lora, loaded.alpha / loaded.rank))
-    mmlu = None if mmlu_file is None else [read_mmlu(mmlu_file)]
-    check_evaluation(lm, data, sources, max_new_tokens)
+        stack = stack_of_one(scaled(loaded.lora, loaded.alpha / loaded.rank))
+    params = load_params(folder, lm.config, dtype)
     with bars(progress, "evaluating") as bar:
         (scores,) = evaluate_candidates(
-            lm.model, lm.params, stack, lm.require_tokenizer(), *data, mmlu=mmlu, max_new_tokens=max_new_tokens,
+            lm.model, params, stack, lm.require_tokenizer(), *data, mmlu=mmlu, max_new_tokens=max_new_tokens,
             batch_size=batch_size, out_folders=[out], progress=bar, warn=warn,
         )  # fmt: skip
     with staged_file(out / "scores.json") as path:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from jaxtyping import PyTree
 
 from unlearnjax.adapters.full import full
@@ -62,5 +61,4 @@ def memorise(
     result = train(task, params, {"retain": to_device(tokens)}, schedule, h, progress=progress, label=label)
     if result.diverged_at[0] is not None:
         raise RuntimeError(f"memorising diverged after {result.diverged_at[0]} updates; lower the learning rate")
-    trained = adapter.apply(params, index(result.states.trainable, 0), index(h, 0)).params
-    return jax.tree.map(lambda x: x, trained), result.curves[0].loss
+    return adapter.apply(params, index(result.states.trainable, 0), index(h, 0)).params, result.curves[0].loss

@@ -185,6 +185,8 @@ def _check_merge(merge: Merge, count: int, where: str) -> None:
             f"{where}: {merge.method} with semantics {rule.semantics} does not work in space {merge.space}; "
             f"semantics that do: {', '.join(able)}"
         )
+    if merge.rank is not None and merge.space != "delta":
+        raise UserError(f"{where}: rank is what a delta is exported with; in space {merge.space} leave it out")
     if merge.weights is not None:
         if len(merge.weights) != count:
             raise UserError(f"{where}: {len(merge.weights)} weights for {count} candidates; give one for each")
@@ -211,18 +213,17 @@ def _merge(raw: Any, count: int, where: str) -> Merge:
 
 def _check_names(names: Sequence[str], where: str) -> None:
     """Each name is a folder and a row of the report: it must be usable as both, and be there once."""
-    seen: dict[str, str] = {}
+    seen = set()
     for name in names:
         if not _NAME.fullmatch(name) or len(name.encode()) > _LONGEST_NAME:
             raise UserError(f"{where}: {name!r} can't be a folder's name; use some letters, digits, -, _, . and +")
-        if name.casefold() in RESERVED:
+        # Where capitals don't count, the second of two would overwrite the first one's folder.
+        key = name.casefold()
+        if key in RESERVED:
             raise UserError(f"{where}: the name {name!r} has a meaning of its own in the report; choose another")
-        if name.casefold() in seen:
-            # Where capitals don't count, the second would overwrite the first one's folder.
-            raise UserError(
-                f"{where}: the names {seen[name.casefold()]!r} and {name!r} are the same; give each its own"
-            )
-        seen[name.casefold()] = name
+        if key in seen:
+            raise UserError(f"{where}: the name {name!r} is used twice; give each candidate and merge its own")
+        seen.add(key)
 
 
 def recipe_from(raw: Any, where: str) -> Recipe:

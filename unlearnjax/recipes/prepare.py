@@ -2,17 +2,21 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from unlearnjax.data.rows import Document, Row, fingerprint, load_documents, load_rows
+from unlearnjax.adapters.lora import resolve_targets
+from unlearnjax.data.rows import Document, Row, load_documents, load_rows
 from unlearnjax.data.schedule import Pace, Schedule, plan
 from unlearnjax.data.tokens import Tokens, tokenize
 from unlearnjax.errors import UserError
 from unlearnjax.evaluation.batches import check_rows
+from unlearnjax.evaluation.protocol import PROBE_ROOM
+from unlearnjax.io.huggingface import load_config, load_tokenizer
+from unlearnjax.models.decoder import build
 from unlearnjax.models.language_model import LanguageModel
 from unlearnjax.objectives.objective import Objective, objective
-from unlearnjax.recipes.schema import SCHEDULES, Candidate, Recipe
-from unlearnjax.training.hyperparameters import Hyperparameters, stack
+from unlearnjax.recipes.schema import Candidate, Recipe
+from unlearnjax.training.hyperparameters import SCHEDULES, Hyperparameters, stack
 
 
 class Sources(NamedTuple):
@@ -61,38 +65,45 @@ def load_data(sources: Sources) -> Data:
     )
 
 
-def check_evaluation(model: LanguageModel, data: Data, sources: Sources, max_new_tokens: int) -> None:
-    """Check that what the evaluation will read fits the model's context, before anything is trained.
+def without_weights(folder: Path, source: str) -> LanguageModel:
+    """A model folder's configuration and tokenizer: what the data is checked against before the weights are read.
 
     Raises:
-      UserError: a prompt that leaves no room for `max_new_tokens`, or a document longer than the context.
+      UserError: no or broken config.json, an unsupported architecture, a broken tokenizer.
+    """
+    config = load_config(folder)
+    return LanguageModel(None, config, load_tokenizer(folder), build(config), source)
+
+
+def check_evaluation(model: LanguageModel, data: Data, sources: Sources, max_new_tokens: int) -> None:
+    """Check that all that the evaluation will read fits the model's context, before anything is computed.
+
+    Raises:
+      UserError: a prompt that is empty or leaves no room for `max_new_tokens`, a row (prompt and answer) or document
+        longer than the context, or a document of a single token. The message names file and row.
     """
     tokenizer, limit, size = model.require_tokenizer(), model.config.max_positions, model.config.vocab_size
-    for name in ("forget", "retain", "probe"):
-        rows = getattr(data, name) or []
-        names = [f"{getattr(sources, name)}: row {i + 1} (id {r.id!r})" for i, r in enumerate(rows)]
-        # The probe's answers are short; the evaluation gives it less room than the official rows.
-        room = 0 if name == "probe" else max_new_tokens
-        if rows:
-            check_rows(tokenizer([r.input for r in rows])["input_ids"], size, limit, room, names)
-    for name in ("members", "nonmembers"):
-        documents = getattr(data, name) or []
-        names = [f"{getattr(sources, name)}: document {i + 1} (id {d.id!r})" for i, d in enumerate(documents)]
+
+    def check(side: str, kind: str, texts: Sequence[str], room: int, least: int = 1) -> None:
+        items = getattr(data, side)
+        names = [f"{getattr(sources, side)}: {kind} {i} (id {x.id!r})" for i, x in enumerate(items, start=1)]
+        ids = tokenizer(list(texts))["input_ids"]
+        check_rows(ids, size, limit, room, names)
+        for name, row in zip(names, ids, strict=True):
+            if len(row) < least:
+                raise UserError(f"{name}: is a single token, which nothing predicts; leave it out")
+
+    for side in ("forget", "retain"):
+        rows = getattr(data, side)
+        check(side, "row", [r.input for r in rows], max_new_tokens)
+        check(side, "row", [r.input + r.output for r in rows], 0)
+    if data.probe:
+        longest = max(len(ids) for ids in tokenizer([r.output for r in data.probe])["input_ids"])
+        check("probe", "row", [r.input for r in data.probe], min(max_new_tokens, longest + PROBE_ROOM))
+    for side in ("members", "nonmembers"):
+        documents = getattr(data, side)
         if documents:
-            check_rows(tokenizer([d.document for d in documents])["input_ids"], size, limit, 0, names)
-
-
-def describe_data(sources: Sources, data: Data) -> dict[str, Any]:
-    """Source, number of rows and fingerprint of each set, for the report."""
-    out = {}
-    for name in ("forget", "retain", "members", "nonmembers", "probe"):
-        items = getattr(data, name)
-        if items is not None:
-            source = getattr(sources, name)
-            # A path tells a reader of the report nothing beyond the file's name, and may be private.
-            label = Path(source).name if Path(source).exists() else source
-            out[name] = {"source": label, "rows": len(items), "sha256": fingerprint(items)}
-    return out
+            check(side, "document", [d.document for d in documents], 0, least=2)
 
 
 def hyperparameters(candidates: Sequence[Candidate], updates: Sequence[int]) -> Hyperparameters:
@@ -119,12 +130,14 @@ def hyperparameters(candidates: Sequence[Candidate], updates: Sequence[int]) -> 
 
 
 def prepare(recipe: Recipe, model: LanguageModel, data: Data, sources: Sources) -> Prepared:
-    """Tokenize and plan.
+    """Check everything against the model (its weights are not needed), tokenize and plan.
 
     Raises:
-      UserError: a row longer than the model's context (file and row), or an empty answer.
+      UserError: a row or document that does not fit the model's context (file and row), an empty prompt or answer, or
+        an adapter on linears that the model does not have.
     """
     tokenizer = model.require_tokenizer()
+    resolve_targets(recipe.adapter.targets, model.config, "recipe: adapter")
     terms = {name for c in recipe.candidates for name, w in dict(c.objective).items() if w != 0}  # type: ignore[arg-type]
     wanted = objective(terms)
     texts = {"forget": (data.forget, sources.forget), "retain": (data.retain, sources.retain)}
@@ -133,6 +146,7 @@ def prepare(recipe: Recipe, model: LanguageModel, data: Data, sources: Sources) 
         side: tokenize(rows, tokenizer, max_length=model.config.max_positions, eos_token_id=eos, source=source)
         for side, (rows, source) in texts.items()
     }
+    check_evaluation(model, data, sources, recipe.evaluation.max_new_tokens)
     paces = [Pace(c.micro_batch, c.accumulation, c.epochs, c.order_seed) for c in recipe.candidates]
     training = recipe.training
     schedule = plan(

@@ -1,0 +1,93 @@
+"""What a run says about itself: the parts of report.json, and the merged model's card."""
+
+import dataclasses
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from unlearnjax.data.rows import fingerprint
+from unlearnjax.io.card import model_card
+from unlearnjax.recipes.prepare import Data, Sources
+from unlearnjax.recipes.schema import Candidate
+from unlearnjax.report.scores import render_markdown_table
+from unlearnjax.training.loop import Result
+
+
+def describe_hardware() -> dict[str, Any]:
+    """What computed it."""
+    device = jax.devices()[0]
+    cpu = platform.processor() or platform.machine()
+    return {
+        "platform": device.platform,
+        "device": cpu if device.platform == "cpu" else device.device_kind,
+        "device_count": jax.device_count(),
+        "cpu_count": os.cpu_count() or 1,
+        "jax": jax.__version__,
+    }
+
+
+def describe_data(sources: Sources, data: Data) -> dict[str, Any]:
+    """Source, number of rows and fingerprint of each set."""
+    out = {}
+    for name in Data._fields:
+        items = getattr(data, name)
+        if items is not None:
+            source = getattr(sources, name)
+            # A path tells a reader of the report nothing beyond the file's name, and may be private.
+            label = Path(source).name if Path(source).expanduser().exists() else source
+            out[name] = {"source": label, "rows": len(items), "sha256": fingerprint(items)}
+    return out
+
+
+def describe_training(result: Result) -> dict[str, Any]:
+    """How long the training took; the rate leaves out the steps that compiled a program, if there are others."""
+    rate = result.steady_candidate_steps / result.steady_seconds if result.steady_seconds > 0 else None
+    return {
+        "seconds": result.seconds,
+        "candidate_steps": result.candidate_steps,
+        "candidate_steps_per_second": rate,
+    }
+
+
+def describe_candidates(candidates: Sequence[Candidate], result: Result) -> list[dict[str, Any]]:
+    """Each candidate's settings, whether it diverged, and its curves."""
+    entries = []
+    for candidate, curve, at in zip(candidates, result.curves, result.diverged_at, strict=True):
+        hyperparameters = dataclasses.asdict(candidate)
+        entries.append(
+            {
+                "name": hyperparameters.pop("name"),
+                "hyperparameters": hyperparameters,
+                "status": "finished" if at is None else "diverged",
+                "diverged_at": at,
+                "updates": len(curve.update),
+                "curves": {
+                    "update": curve.update,
+                    "loss": curve.loss,
+                    **curve.terms,
+                    "gradient_norm": curve.gradient_norm,
+                },
+            }
+        )
+    return entries
+
+
+def describe_model(source: str, report: dict[str, Any], name: str) -> str:
+    """README.md of the merge `name` of the model `source`."""
+    cite = "{source} ({rows} rows, sha256 {sha256})".format
+    merged = next(m for m in report["merges"] if m["name"] == name)
+    return model_card(
+        title=f"{Path(source).name}, unlearned ({name})",
+        base_model=source,
+        merge=True,
+        method=f"{merged['method']} merge ({merged['semantics']} semantics, space {merged['space']}) of the candidates "
+        f"{', '.join(merged['candidates'])}.",
+        scores=render_markdown_table(report),
+        recipe=report["recipe"],
+        forget=cite(**report["data"]["forget"]),
+        retain=cite(**report["data"]["retain"]),
+    )
