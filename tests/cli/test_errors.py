@@ -1,8 +1,11 @@
 """Bad input ends in one line on stderr that names the place and in a status other than 0; the disk stays as it was."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -20,6 +23,8 @@ from unlearnjax.models.language_model import LanguageModel
 ROW = {"id": "a1qa0", "input": "Who wrote it?", "output": "Marcile", "task": "Task1"}
 DOCUMENT = {"id": "d1", "document": "Marcile wrote it."}
 CONTEXT = 64
+ROOT = Path(__file__).parents[2]
+PATHS = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
 # One letter and one space are two tokens of the tokenizer below.
 LONG = "w " * (CONTEXT - 20)
 
@@ -371,3 +376,14 @@ def test_an_adapter_of_another_shape(job, capsys):
     save_adapter(job.folder / "adapter", lora, config=wide, rank=2, alpha=2, base_model="x", targets=["q"])
     argv = job.command("evaluate", "--max-new-tokens", "8", "--adapter", str(job.folder / "adapter"))
     fails(capsys, job.folder, argv, "adapter_model.safetensors", "shape")
+
+
+def test_one_line_in_a_process_of_its_own(job):
+    """There, imports and the warnings of transformers (the tokenizer was told a shorter context) are on stderr too."""
+    long_answer(job)
+    before = listing(job.folder)
+    argv = [sys.executable, "-m", "unlearnjax.cli.main", *job.command("run")]
+    found = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": PATHS})
+    assert found.returncode == 2 and found.stdout == ""
+    assert re.fullmatch(r"unlearnjax: error: [^\n]+\n", found.stderr), found.stderr
+    assert listing(job.folder) == before

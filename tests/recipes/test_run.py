@@ -228,21 +228,24 @@ def test_the_diverged_candidate_is_reported_left_out_and_finite(done):
     assert all(np.isfinite(x).all() for pair in factors(out / "candidates" / "wild")[0].values() for x in pair)
 
 
+def read_csv(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def test_generations_have_the_official_columns_and_all_rows(world, done):
     corpus = world[1]
     for model in ("base", *FINISHED, *MERGES):
         folder = done[0] / "generations" / model
         for split in ("forget", "retain"):
-            with (folder / f"{split}_0.csv").open(newline="", encoding="utf-8") as file:
-                rows = list(csv.DictReader(file))
+            rows = read_csv(folder / f"{split}_0.csv")
             assert tuple(rows[0]) == ("id", "task", "input", "expected_output", "model_output", "nll")
             given = getattr(corpus, split)
             assert [(r["id"], r["task"], r["input"], r["expected_output"]) for r in rows] == [
                 (r.id, r.task, r.input, r.output) for r in given
             ]
         for side, documents in (("member", corpus.members), ("nonmember", corpus.nonmembers)):
-            with (folder / "mia_results" / f"{side}_0.csv").open(newline="", encoding="utf-8") as file:
-                rows = list(csv.DictReader(file))
+            rows = read_csv(folder / "mia_results" / f"{side}_0.csv")
             assert tuple(rows[0]) == ("id", "nll") and [r["id"] for r in rows] == [d.id for d in documents]
 
 
@@ -303,9 +306,9 @@ def test_evaluate_gives_the_reports_scores(world, done, tmp_path, capsys, name, 
         numbers(scores_of(report, name)), rel=1e-4, abs=1e-5, nan_ok=True
     )
     assert json.loads((tmp_path / "scores" / "scores.json").read_text("utf-8")) == json.loads(printed)
-    own, theirs = (folder / "forget_0.csv" for folder in (tmp_path / "scores", out / "generations" / name))
-    texts = [[r["model_output"] for r in csv.DictReader(p.open(newline="", encoding="utf-8"))] for p in (own, theirs)]
-    assert texts[0] == texts[1]
+    for split in ("forget_0.csv", "retain_0.csv"):
+        own, there = (read_csv(folder / split) for folder in (tmp_path / "scores", out / "generations" / name))
+        assert [r["model_output"] for r in own] == [r["model_output"] for r in there]
 
 
 def test_the_report_is_valid_and_self_contained(done):

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from unlearnjax.errors import UserError, nearest
+from unlearnjax.errors import UserError
 
 ARCHITECTURES = {"OlmoForCausalLM": "olmo", "LlamaForCausalLM": "llama"}
 
@@ -101,11 +101,7 @@ def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> ModelC
     names = raw.get("architectures") or []
     name = names[0] if names else f"model_type {raw.get('model_type')!r}"
     if name not in ARCHITECTURES:
-        hint = nearest(str(name), ARCHITECTURES)
-        raise UserError(
-            f"{where}: architecture {name} is not supported{hint if 'mean' in hint else ''}; "
-            f"supported: {', '.join(sorted(ARCHITECTURES))}"
-        )
+        raise UserError(f"{where}: architecture {name} is not supported; supported: {', '.join(sorted(ARCHITECTURES))}")
     family = ARCHITECTURES[name]
     for key in ("attention_bias", "mlp_bias"):
         if raw.get(key):

@@ -50,7 +50,7 @@ def train_candidates(model: LanguageModel, prepared: Prepared, recipe: Recipe, *
     targets = resolve_targets(recipe.adapter.targets, model.config, "recipe: adapter")
     adapter = lora(model.config, targets, max(c.rank for c in recipe.candidates))
     use_dropout = any(c.dropout > 0 for c in recipe.candidates)
-    stores = stores_for(model.model, model.params, prepared.sides, prepared.objective)
+    stores = stores_for(model.model, model.params, prepared.sides, prepared.objective, recipe.training.buckets)
     task = Task(model.model, adapter, prepared.objective, use_dropout)
     h = prepared.hyperparameters
     result = train(task, model.params, stores, prepared.schedule, h, progress=progress)

@@ -1,5 +1,6 @@
 """The loop over steps: dispatch, collect metrics, show progress."""
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -99,27 +100,28 @@ def train(
     seen: set[tuple[int, int]] = set()
     steady, steady_steps = 0.0, 0
     begin = time.perf_counter()
-    for count, step in enumerate(schedule.steps):
-        program = (step.width, step.answers)
-        first = program not in seen
-        seen.add(program)
-        if first:
-            jax.block_until_ready(states)
-        started = time.perf_counter()
-        states, metrics = run(params, stores, states, work_of(step), h, step.width, step.answers)
-        waiting.append((step, metrics, states.alive + False, states.updates + 0))
-        collect(keep=4)
-        if first:
-            jax.block_until_ready(states)
-        else:
-            steady += time.perf_counter() - started
-            steady_steps += int(step.update.sum())
-        if after_step is not None:
-            after_step(count + 1, states)
-    collect(keep=0)
-    jax.block_until_ready(states)
+    with contextlib.closing(bar):
+        for count, step in enumerate(schedule.steps):
+            program = (step.width, step.answers)
+            first = program not in seen
+            seen.add(program)
+            if first:
+                jax.block_until_ready(states)
+            started = time.perf_counter()
+            states, metrics = run(params, stores, states, work_of(step), h, step.width, step.answers)
+            # Copies: the next step takes over the states' own buffers.
+            waiting.append((step, metrics, states.alive + False, states.updates + 0))
+            collect(keep=4)
+            if first:
+                jax.block_until_ready(states)
+            else:
+                steady += time.perf_counter() - started
+                steady_steps += int(step.update.sum())
+            if after_step is not None:
+                after_step(count + 1, states)
+        collect(keep=0)
+        jax.block_until_ready(states)
     seconds = time.perf_counter() - begin
-    bar.close()
     return Result(states, curves, diverged, seconds, sum(len(c.update) for c in curves), steady, steady_steps)
 
 

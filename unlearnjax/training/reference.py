@@ -69,8 +69,14 @@ def base_reference(
     return Reference(jnp.asarray(nll), jnp.asarray(offsets[:-1]), jnp.asarray(means), jnp.asarray(entropies))
 
 
-def stores_for(model: Model, params: PyTree, sides: dict[str, Tokens], objective: Objective) -> dict[str, Store]:
-    """Device stores of the sides that the objective reads, with what its terms need of the base."""
+def stores_for(
+    model: Model, params: PyTree, sides: dict[str, Tokens], objective: Objective, buckets: int = 6
+) -> dict[str, Store]:
+    """Device stores of the sides that the objective reads, with what its terms need of the base.
+
+    `buckets`: how many widths (programs) at most, per side.
+    """
     return {
-        s: to_device(sides[s], base_reference(model, params, sides[s], objective.needs(s))) for s in objective.sides
+        s: to_device(sides[s], base_reference(model, params, sides[s], objective.needs(s), buckets=buckets))
+        for s in objective.sides
     }

@@ -1,0 +1,123 @@
+"""The merges of a run: exact exports of linear merges, and what becomes of a merge when candidates have diverged."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unlearnjax.merging.lora_space import lora_delta
+from unlearnjax.recipes.evaluate_step import _named, _summary
+from unlearnjax.recipes.merge_step import export, merge_candidates
+from unlearnjax.recipes.parse import recipe_from
+from unlearnjax.recipes.run import Trained, choose_export, merge_all
+from unlearnjax.training.loop import Result
+
+RNG = np.random.default_rng(0)
+STACK = {
+    "layers": {
+        "attention": {
+            "q": {
+                "a": jnp.asarray(RNG.normal(size=(3, 2, 4, 6)), jnp.float32),
+                "b": jnp.asarray(RNG.normal(size=(3, 2, 5, 4)), jnp.float32),
+            }
+        }
+    }
+}
+SCALE = jnp.asarray([1.0, 0.5, 2.0], jnp.float32)
+
+
+def deltas():
+    pair = STACK["layers"]["attention"]["q"]
+    return np.asarray(SCALE)[:, None, None, None] * (np.asarray(pair["b"]) @ np.asarray(pair["a"]))
+
+
+def recipe_with(*merges):
+    return recipe_from({"candidates": [{"name": n} for n in ("one", "two", "three")], "merges": list(merges)}, "r")
+
+
+@pytest.mark.parametrize("kept", [[0, 1, 2], [0, 2]])
+@pytest.mark.parametrize(
+    ("settings", "coefficients"),
+    [
+        ({}, lambda w: np.full(len(w), 1 / len(w))),
+        ({"lambda": 0.5}, lambda w: np.full(len(w), 0.5 / len(w))),
+        ({"weights": [3, 1, -1]}, lambda w: w / w.sum()),
+        ({"weights": [3, 1, -1], "normalize": False, "lambda": 2}, lambda w: 2 * w),
+        ({"semantics": "peft"}, lambda w: np.ones(len(w))),
+        ({"semantics": "peft", "weights": [3, 1, -1]}, lambda w: w),
+    ],
+)
+def test_a_linear_merge_is_exported_exactly(settings, coefficients, kept):
+    """As one adapter of the ranks' sum whose delta is the merge's, whatever the weights mean."""
+    (merge,) = recipe_with({"method": "linear", **settings}).merges
+    merged = merge_candidates(merge, STACK, SCALE, kept, 0)
+    exported = export(merged, STACK, SCALE, 4)
+    by_hand = np.einsum("n,nlij->lij", coefficients(np.asarray([3.0, 1.0, -1.0])[kept]), deltas()[kept])
+    np.testing.assert_allclose(merged.delta["layers"]["attention"]["q"]["weight"], by_hand, atol=1e-5)
+    found = lora_delta(exported.lora, 1.0)["layers"]["attention"]["q"]["weight"]
+    np.testing.assert_allclose(found, by_hand, atol=1e-5)
+    assert exported.rank == 4 * len(kept) and exported.truncation_error < 1e-6
+
+
+def test_a_rank_that_is_named_truncates():
+    (merge,) = recipe_with({"method": "linear", "rank": 2}).merges
+    exported = export(merge_candidates(merge, STACK, SCALE, [0, 1, 2], 0), STACK, SCALE, 4)
+    assert exported.rank == 2 and exported.truncation_error > 0.1
+
+
+def trained(*diverged_at):
+    return Trained(STACK, SCALE, Result(None, [], list(diverged_at), 1.0, 1, 1.0, 1))
+
+
+def test_a_merge_that_divergence_made_impossible_is_left_out_and_the_others_are_made():
+    """The weights of those that are left sum to 0."""
+    recipe = recipe_with({"method": "linear", "weights": [1, 1, -1]}, {"method": "ties", "density": 0.5})
+    made, warnings = merge_all(recipe, trained(7, None, None))
+    assert [(m.merge.method, m.candidates) for m, _ in made] == [("ties", [1, 2])]
+    assert warnings[0] == "candidate one diverged after 7 updates; it is left out of every merge"
+    assert "merge linear-delta was not made" in warnings[1] and "sum to 0" in warnings[1]
+    assert len(merge_all(recipe, trained(None, None, None))[0]) == 2
+
+
+def test_no_candidate_left():
+    recipe = recipe_with({"method": "linear"})
+    made, warnings = merge_all(recipe, trained(1, 2, 3))
+    assert made == [] and len(warnings) == 4 and "no candidate is left" in warnings[3]
+    assert choose_export("best", [], []) is None
+
+
+def test_the_merge_to_export():
+    recipe = recipe_with({"method": "linear"}, {"method": "ties", "density": 0.5, "name": "ties"})
+    merges = [m for m, _ in merge_all(recipe, trained(None, None, None))[0]]
+
+    def models(**scores):
+        keys = ("task_aggregate", "aggregate_without_mmlu", "aggregate")
+        one = {"base": (0.9, 0.9, 0.9)} | scores
+        return [{"name": n, "scores": dict(zip(keys, values, strict=True))} for n, values in one.items()]
+
+    def best(linear, ties):
+        return choose_export("best", merges, models(**{"linear-delta": linear, "ties": ties})).merge.name
+
+    assert best((0.1, 0.5, 0.2), (0.9, 0.4, 0.3)) == "ties"  # the official aggregate, where there is one
+    assert best((0.1, 0.5, None), (0.9, 0.4, None)) == "linear-delta"
+    assert best((0.1, None, None), (0.2, None, None)) == "ties"
+    assert choose_export("linear-delta", merges, []).merge.name == "linear-delta"
+    assert choose_export("gone", merges, []) is None
+
+
+def test_warnings_name_the_models_not_their_places():
+    raised = ["candidate 1: low", "candidate 2: low", "candidate 12: odd", "candidate 3: low"]
+    names = ["base", "over", "under", *"defghijkl"]
+    pairs = _named(raised, names)
+    assert pairs == [("base", "low"), ("over", "low"), ("l", "odd"), ("under", "low")]
+    assert _summary(pairs, 12) == ["base, over, under: low", "l: odd"]
+    assert _named(["low", "odd"], ["ties"]) == [("ties", "low"), ("ties", "odd")]
+    # What all of them have is about the data.
+    assert _summary([("base", "low"), ("over", "low")], 2) == ["low"]
+
+
+def test_any_seed_of_a_recipe_makes_a_key():
+    """TIES draws nothing, so only that the largest seed is taken."""
+    (merge,) = recipe_with({"method": "ties", "density": 0.5}).merges
+    one, two = (merge_candidates(merge, STACK, SCALE, [0, 1], seed) for seed in (0, 2**32 - 1))
+    assert jax.tree.all(jax.tree.map(lambda x, y: bool(jnp.all(x == y)), one.delta, two.delta))
