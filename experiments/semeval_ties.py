@@ -15,14 +15,14 @@ rows LUME's member.jsonl serves, because its documents are those of the train sp
 `--scale paper --model FOLDER_OR_HUB_ID` runs the same on a model that has memorised LUME (the organisers' OLMo-1B or
 7B), without a gold model unless `--gold FOLDER` names one.
 
-Writes the run under --out, and with --results the report without its curves' bulk, the score table and the plot as
-experiments/results/semeval_ties_SCALE.{json,svg}. Hardware of the committed figures: 2 CPU cores (see the JSON).
-Expected from the paper (7B, local): model 1 (over) task aggregate .968, membership AUC .022; model 2 (under) .659,
-.818; merged .939, .501.
+Writes the run under --out, and the figures to keep as experiments/results/semeval_ties_SCALE.{json,svg}. Hardware of
+the committed figures: 2 CPU cores (see the JSON). Expected from the paper (7B, local): model 1 (over) task aggregate
+.968, membership AUC .022; model 2 (under) .659, .818; merged .939, .501.
 """
 
 import argparse
 import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from unlearnjax.recipes.memorise import memorise
 from unlearnjax.recipes.prepare import Sources
 from unlearnjax.recipes.progress import bars
 from unlearnjax.recipes.run import run
+from unlearnjax.report.figure import scatter_svg
 from unlearnjax.report.html import render_html
 from unlearnjax.report.schema import write_report
 from unlearnjax.report.scores import render_markdown_table
@@ -64,6 +65,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--work", default="out/semeval_ties_models", help="where the small models are kept between runs")
     p.add_argument("--out", required=True)
+    p.add_argument("--results", default=str(HERE / "results"), help="where the figures to keep go")
     return p.parse_args()
 
 
@@ -142,7 +144,16 @@ def main() -> None:
         report["models"].insert(1, {"name": "gold", "kind": "gold", "scores": scores})
     write_report(Path(a.out), report)
     (Path(a.out) / "report.html").write_text(render_html(report), encoding="utf-8")
+    save_results(report, Path(a.results), f"semeval_ties_{a.scale}")
     print(render_markdown_table(report))
+
+
+def save_results(report: dict[str, Any], folder: Path, name: str) -> None:
+    """The report (numbers cut to five digits) and the plot."""
+    folder.mkdir(parents=True, exist_ok=True)
+    short = json.loads(json.dumps(report), parse_float=lambda x: float(f"{float(x):.5g}"))
+    (folder / f"{name}.json").write_text(json.dumps(short, separators=(",", ":")) + "\n", encoding="utf-8")
+    (folder / f"{name}.svg").write_text(scatter_svg(report), encoding="utf-8")
 
 
 if __name__ == "__main__":
