@@ -9,7 +9,7 @@ needs no gradient; R adapter parameters.
     attention      4 T W D L forward, 8 T W D L backward (scores and mixture over all W x W pairs)
     head, ours     4 M V D: log-sum-exp and its gradient together, at the answers alone
     head, torch    4 T V D: full logits and their gradient at every position
-    reference      torch only: 2 T P + 4 T W D L + 2 T V D, a second forward pass (ours is computed once, before training)
+    reference      torch only: 2 T P + 4 T W D L + 2 T V D, a second forward pass (ours runs it once)
 """
 
 from _subject import Size

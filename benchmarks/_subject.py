@@ -31,7 +31,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "tiny": Size(2, 64, 128, 4, 512, 4),
+    "tiny": Size(1, 64, 128, 4, 512, 4),
     "small": Size(4, 256, 768, 8, 4096),
     "olmo-1b": Size(16, 2048, 8192, 16, 50304),
 }
@@ -69,6 +69,8 @@ def make(folder: str, a: Any) -> Subject:
         size.width // size.heads, "layer", max_positions=2048, eos_token_ids=(), pad_token_id=0,
     )  # fmt: skip
     rows, source = make_rows(a.forget, a.retain, a.tokenizer, size.vocabulary)
+    if a.quick:
+        rows = {side: mine[:64] for side, mine in rows.items()}
     model = build(config)
     params = init_params(model.abstract(jnp.dtype(a.dtype)), jax.random.key(0))
     save_model(LanguageModel(params, config, None, model, "random weights"), folder)

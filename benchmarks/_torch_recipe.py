@@ -65,7 +65,9 @@ def setup(subject: Subject, settings: Settings) -> tuple[dict[str, Any], Callabl
     import peft
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.set_num_threads(cores())
     torch.manual_seed(0)
     device = "cuda" if settings.accelerator and torch.cuda.is_available() else "cpu"

@@ -1,7 +1,7 @@
 """Candidate-steps per second: N LoRA candidates in one program, our own step one at a time, and the published code.
 
     python benchmarks/candidate_training.py --torch --out benchmarks/results/candidate_training_cpu.json
-    python benchmarks/candidate_training.py --torch --forget LUME/forget_train.parquet --retain LUME/retain_train.parquet
+    ... --forget LUME/forget_train.parquet --retain LUME/retain_train.parquet
 
 A candidate-step is one optimizer update of one candidate, of one micro-batch of forget rows and one of retain rows
 (NPO, GDR and KLR). Compared, on the same rows cut the same way, the same model and the same adapters:
@@ -13,7 +13,8 @@ A candidate-step is one optimizer update of one candidate, of one micro-batch of
 
 A lap times one step of every program (width) of the plan; the plan of one epoch says how often each width comes, and
 the rate is that epoch's updates over the seconds it takes by these times. Compiling is left out and reported apart, and
-so is the reference, which is computed once for all candidates. Jobs take their laps in turn; ratios are lap by lap.
+so is the reference, which is computed once, before any candidate is trained, and serves them all. Jobs take their laps
+in turn; ratios are lap by lap.
 """
 
 import tempfile
@@ -39,6 +40,8 @@ from _common import (
 )
 from _subject import LIMIT, Subject, describe, make, model_entry
 
+TERMS = ("npo", "gdr", "klr")
+
 
 class Settings(NamedTuple):
     """How our side is run."""
@@ -48,6 +51,30 @@ class Settings(NamedTuple):
     dropout: float
     buckets: int
     burst: int  # steps of a width per lap, dispatched together
+
+
+def _tokens(subject: Subject) -> dict[str, Any]:
+    from unlearnjax.data.tokens import pack
+
+    return {s: pack([p + x for p, x in rows], [len(p) for p, _ in rows]) for s, rows in subject.rows.items()}
+
+
+def prepare(folder: str, a: Any) -> tuple[Subject, float]:
+    """The model, the rows, and what the base says of them (in `folder`, for every N); and how long the last took."""
+    import numpy as np
+
+    from unlearnjax.models.language_model import load_model
+    from unlearnjax.objectives.objective import objective
+    from unlearnjax.training.reference import base_reference
+
+    subject = make(folder, a)
+    lm = load_model(folder, a.dtype)
+    begin = time.perf_counter()
+    for side, tokens in _tokens(subject).items():
+        reference = base_reference(lm.model, lm.params, tokens, objective(TERMS).needs(side))
+        held = {name: np.asarray(x) for name, x in reference._asdict().items() if x is not None}
+        np.savez(f"{folder}/reference-{side}.npz", **held)
+    return subject, time.perf_counter() - begin
 
 
 def candidates(count: int, updates: list[int], size: Any, dropout: float) -> Any:
@@ -79,28 +106,28 @@ def setup(subject: Subject, settings: Settings, count: int) -> tuple[dict[str, A
     """N candidates: plan, compile every program of the plan, and run each once."""
     import jax
     import jax.numpy as jnp
+    import numpy as np
 
     from unlearnjax.adapters.lora import lora
     from unlearnjax.data.schedule import Pace, plan, programs
-    from unlearnjax.data.tokens import pack
+    from unlearnjax.data.tokens import Reference, to_device
     from unlearnjax.models.language_model import load_model
     from unlearnjax.objectives.objective import objective
     from unlearnjax.training.loop import work_of
-    from unlearnjax.training.reference import stores_for
     from unlearnjax.training.state import init_state
     from unlearnjax.training.step import Task, compiled_step
 
     lm = load_model(subject.folder, settings.dtype)
-    sides = {s: pack([p + x for p, x in rows], [len(p) for p, _ in rows]) for s, rows in subject.rows.items()}
+    sides = _tokens(subject)
     paces = [Pace(settings.micro_batch, 1, 1, seed) for seed in range(count)]
     schedule = plan(sides, paces, buckets=settings.buckets)
-    wanted = objective(["npo", "gdr", "klr"])
+    wanted = objective(TERMS)
     adapter = lora(lm.config, tuple(lm.config.linears), subject.size.rank)
     h = candidates(count, schedule.updates.tolist(), subject.size, settings.dropout)
-    begin = time.perf_counter()
-    stores = stores_for(lm.model, lm.params, sides, wanted)
-    reference_seconds = time.perf_counter() - begin
-
+    stores = {}
+    for side, tokens in sides.items():
+        held = np.load(f"{subject.folder}/reference-{side}.npz")
+        stores[side] = to_device(tokens, Reference(**{name: jnp.asarray(held[name]) for name in held.files}))
     states = jax.jit(jax.vmap(lambda c: init_state(adapter, lm.params, c)))(h)
     state_mib = sum(x.nbytes for x in jax.tree.leaves(states)) / 2**20
     jitted = compiled_step(Task(lm.model, adapter, wanted, settings.dropout > 0))
@@ -129,9 +156,9 @@ def setup(subject: Subject, settings: Settings, count: int) -> tuple[dict[str, A
         return metrics
 
     first = [float(burst(p, 1).loss[0]) for p in full]  # each program's first run is not timed
-    tokens = 2 * settings.micro_batch * LIMIT
+    most = 2 * settings.micro_batch * LIMIT
     edge = 2048 if jax.default_backend() == "cpu" else 8192
-    shapes = {"square": (edge,) * 3, "model": (tokens, subject.size.width, subject.size.intermediate)}
+    shapes = {"square": (edge,) * 3, "model": (most, subject.size.width, subject.size.intermediate)}
     rates = matmul_rates(jax_matmul(settings.dtype), shapes)
 
     def answer(question: str) -> dict[str, Any]:
@@ -154,7 +181,6 @@ def setup(subject: Subject, settings: Settings, count: int) -> tuple[dict[str, A
         "updates": int(schedule.updates.sum()),
         "padding_share": schedule.padding_share,
         "gflop_per_candidate_step": sum(c * f for c, f in zip(counts, flops)) / sum(counts) / 1e9,
-        "reference_seconds": reference_seconds,
         "compile_seconds": compile_seconds,
         "first_loss": first[0],
         "state_mib": state_mib,
@@ -202,14 +228,14 @@ def main() -> None:
     p.add_argument("--candidates", default="1,2,4,8,16", help="the values of N; 1 is always measured")
     p.add_argument("--micro-batch", type=int, default=4)
     p.add_argument("--dropout", type=float, default=0.05)
-    p.add_argument("--buckets", type=int, default=6, help="compiled widths at most")
+    p.add_argument("--buckets", type=int, default=5, help="compiled widths at most (recipes: 8)")
     a = parse(p)
     counts = sorted({1, *(int(n) for n in a.candidates.split(","))}) if not a.quick else [1, 2]
-    laps = a.laps or (1 if a.quick else 5)
+    laps = a.laps or (1 if a.quick else 3)
     with tempfile.TemporaryDirectory() as folder:
-        subject = in_child(make, folder + "/model", a)
+        subject, reference_seconds = in_child(prepare, folder + "/model", a)
         cpu = subject.hardware["platform"] == "cpu"
-        ours = Settings(a.dtype, a.micro_batch, a.dropout, 2 if a.quick else a.buckets, 1 if cpu else 8)
+        ours = Settings(a.dtype, a.micro_batch, a.dropout, 1 if a.quick else a.buckets, 1 if cpu else 8)
         theirs = _torch_recipe.Settings(a.dtype, a.micro_batch, a.dropout, 2 if cpu else 16, not cpu)
         jobs = {f"ours, N = {n}": (setup, (subject, ours, n)) for n in counts}
         if a.torch:
@@ -243,6 +269,7 @@ def main() -> None:
             "model": model_entry(subject.size, a.dtype),
             "settings": {"micro_batch": a.micro_batch, "dropout": a.dropout, "buckets": ours.buckets, "laps": laps},
             "rows": describe(subject),
+            "reference_seconds": round(reference_seconds, 2),
             "flops": _flops.FORMULA,
             "points": points,
             "ratios": ratios,
