@@ -47,7 +47,7 @@ def test_out_and_in_again(raw):
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "supported: LlamaForCausalLM, OlmoForCausalLM"),
         ({"architectures": None, "model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
-        ({"architectures": ["LlamaForCausalML"]}, "did you mean 'LlamaForCausalLM'"),
+        ({"architectures": ["LlamaForCausalML"]}, "supported: LlamaForCausalLM, OlmoForCausalLM"),
         ({"attention_bias": True}, "attention_bias is set"),
         ({"mlp_bias": True}, "mlp_bias is set"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
