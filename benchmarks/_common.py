@@ -155,6 +155,14 @@ class _Child:
         self.process.join()
 
 
+_START = time.perf_counter()
+
+
+def _note(text: str) -> None:
+    """Progress on standard error, with the seconds since the start."""
+    print(f"[{time.perf_counter() - _START:5.0f} s] {text}", file=sys.stderr, flush=True)
+
+
 def measure(jobs: Mapping[str, tuple[Callable[..., Any], Sequence[Any]]], laps: int, together: bool) -> dict[str, Any]:
     """Set each job up in a process of its own and take its laps in turn with the others'.
 
@@ -171,10 +179,14 @@ def measure(jobs: Mapping[str, tuple[Callable[..., Any], Sequence[Any]]], laps: 
     """
     done: dict[str, Measured] = {}
     for group in [list(jobs)] if together else [[name] for name in jobs]:
-        children = [_Child(name, *jobs[name]) for name in group]
+        children = []
+        for name in group:
+            _note(f"setting up: {name}")
+            children.append(_Child(name, *jobs[name]))
         taken: list[list[Any]] = [[] for _ in children]
-        for _ in range(laps):
+        for lap in range(laps):
             for child, mine in zip(children, taken):
+                _note(f"lap {lap + 1} of {laps}: {child.name}")
                 mine.append(child.ask("lap"))
         for child, mine in zip(children, taken):
             done[child.name] = Measured(child.info, mine, child.ask("after"))

@@ -138,6 +138,18 @@ def _stage(progress: Progress | None, what: str, total: int) -> Callable[[int], 
     return advance
 
 
+def _decode(tokenizer: Any, ids: list[list[int]]) -> list[str]:
+    """The official script's call. transformers 5 skips its clean-up for byte-level BPE, there as here, and says so."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        return list(tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=True))
+    finally:
+        logging.set_verbosity(before)
+
+
 @functools.lru_cache(maxsize=4)
 def _scanned(config: ModelConfig) -> Model:
     # Scanned layers decode faster than unrolled ones, which copy the cache, and compile in half the time.
@@ -172,8 +184,7 @@ def _run(
             names=work.names,
             progress=_stage(progress, work.what, count * len(work.ids)),
         )
-        # transformers 5 skips the clean-up for byte-level BPE, in the official script's call as in this one.
-        return [tokenizer.batch_decode(x, skip_special_tokens=True, clean_up_tokenization_spaces=True) for x in found]
+        return [_decode(tokenizer, ids) for ids in found]
 
     def likelihoods(work: _Work) -> list[list[float]]:
         found = token_nll_candidates(
