@@ -3,15 +3,16 @@
     python benchmarks/generation.py --out benchmarks/results/generation_cpu.json
     ... --new-tokens 256 --forget LUME/forget_train.parquet --retain LUME/retain_train.parquet
 
-Prompts are the forget rows' (the same mix of lengths for every point, sorted out by length). There is no end token, so
-every row runs to --new-tokens: a model with random weights hardly ever ends a row, and where it did the amount of work
-would hang on chance. Real models end most rows early, which favours batches that stop when all rows have ended (ours)
-and rows one at a time (transformers at batch 1) over transformers' batches.
+Prompts are the forget rows', the same mix of lengths for every point: 8 at batch 1, 64 otherwise, so that batch 64 is a
+single batch, padded to the longest prompt of all, and batch 32 is two, of the long ones and of the short ones. There is
+no end token, so every row runs to --new-tokens: a model with random weights hardly ever ends a row, and where it did
+the amount of work would hang on chance. Real models end most rows early, which favours batches that stop when all rows
+have ended (ours) and rows one at a time (transformers at batch 1) over transformers' batches.
 
 Compared: ours at batch 1, 32 and 64 with N = 1 (the base) and N = 8 LoRA candidates in one program, a row of each
 candidate counting as a row; transformers' generate at batch 1, as the official script has it, and at batch 32 with left
-padding, on the same weights (a folder that save_model wrote). What each point generates is compared token for token:
-the base with transformers, and the last candidate with transformers on that candidate's merged weights.
+padding, on the same weights (a folder that save_model wrote). Tokens are compared with transformers' one by one: the
+base's at every batch size, and at batch 1 the last candidate's with those of its merged weights.
 """
 
 import tempfile
