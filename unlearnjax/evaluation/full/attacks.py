@@ -107,7 +107,7 @@ def attack(
         return None
     found = membership(lower[0].tolist(), lower[1].tolist(), resamples=resamples, seed=seed)
     rates = {f"tpr_at_fpr_{r}": tpr_at_fpr(members, nonmembers, r / 100) for r in RATES}
-    other = {f"reversed_tpr_at_fpr_{r}": tpr_at_fpr(-lower[0], -lower[1], r / 100) for r in RATES}
+    other = {f"reversed_tpr_at_fpr_{r}": tpr_at_fpr((-lower[0]).tolist(), (-lower[1]).tolist(), r / 100) for r in RATES}
     return {
         "auc": found.auc,
         "interval": list(found.interval),
