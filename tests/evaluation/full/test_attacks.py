@@ -147,3 +147,10 @@ def test_errors(models):
         membership_attacks(*arguments, MEMBERS, [Document("x", "a")], batch_size=4)
     with pytest.raises(UserError, match="reference has losses of 1 members and 5 non-members, for 6 and 5"):
         membership_attacks(*arguments, MEMBERS, NONMEMBERS, batch_size=4, reference=Losses(np.ones(1), np.ones(5)))
+
+
+def test_a_model_of_numbers_that_are_not_finite_has_no_result():
+    stats = [TokenStats(*np.full((3, 4), np.nan, np.float32))] + [TokenStats(*np.ones((3, 4), np.float32))] * 2
+    found = attacks.suite(stats, MEMBERS[:1], NONMEMBERS[:2], gold={"attacks": {"loss": None}}, resamples=5)
+    assert set(found["attacks"]) == set(attacks.ATTACKS) and not any(found["attacks"].values())
+    assert (found["members"], found["nonmembers"], found["strongest"], found["largest_distance"]) == (1, 2, None, None)
