@@ -23,23 +23,16 @@ the committed figures: 2 CPU cores (see the JSON). Expected from the paper (7B, 
 import argparse
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
+from _small import small_models
 
-from unlearnjax.data.bpe import train_tokenizer
-from unlearnjax.data.rows import Document, Row, load_documents, load_rows, write_documents, write_rows
+from unlearnjax.data.rows import Document, load_documents, load_rows, write_documents, write_rows
 from unlearnjax.data.synthetic import make_corpus
 from unlearnjax.evaluation.protocol import evaluate_candidates
-from unlearnjax.models.abstract import init_params
-from unlearnjax.models.config import ModelConfig
-from unlearnjax.models.decoder import build
-from unlearnjax.models.language_model import LanguageModel, load_model, save_model
+from unlearnjax.models.language_model import load_model
 from unlearnjax.recipes.load import load_recipe
-from unlearnjax.recipes.memorise import memorise
 from unlearnjax.recipes.prepare import Sources
 from unlearnjax.recipes.progress import bars
 from unlearnjax.recipes.run import run
@@ -69,39 +62,6 @@ def arguments() -> argparse.Namespace:
     return p.parse_args()
 
 
-def small_models(forget: list[Row], retain: list[Row], probe: list[Row], extra: list[Document], a: Any) -> tuple:
-    """Base and gold, made once and kept under --work."""
-    work = Path(a.work)
-    texts = [x for r in (*forget, *retain, *probe) for x in (r.input, r.output)] + [d.document for d in extra]
-    # The unseen documents are in the tokenizer's texts too: else their names would be cut finer, and give them away.
-    tokenizer = train_tokenizer(texts, 4096)
-    config = ModelConfig(
-        "olmo", len(tokenizer), 256, 768, 4, 8, 8, 32, "layer", max_positions=1024,
-        eos_token_ids=(tokenizer.eos_token_id,), pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    model = build(config)
-    made = []
-    for name, rows in (("base", [*forget, *retain, *probe]), ("gold", [*retain, *probe])):
-        folder = work / f"{name}-seed{a.seed}"
-        if not folder.exists():
-            start = init_params(model.abstract(jnp.float32), jax.random.key(a.seed))
-            params, losses = memorise(
-                model,
-                start,
-                tokenizer,
-                rows,
-                epochs=EPOCHS,
-                buckets=6,
-                seed=a.seed,
-                progress=True,
-                label=f"memorising ({name})",
-            )
-            print(f"{name}: loss {losses[0]:.2f} -> {losses[-1]:.3f} over {len(losses)} updates", file=sys.stderr)
-            save_model(LanguageModel(params, config, tokenizer, model, name), folder)
-        made.append(load_model(str(folder)))
-    return tuple(made)
-
-
 def main() -> None:
     a = arguments()
     forget, retain = load_rows(a.forget), load_rows(a.retain)
@@ -113,7 +73,9 @@ def main() -> None:
     ]
     probe = make_corpus(a.seed).neutral
     if a.scale == "small":
-        base, gold = small_models(forget, retain, probe, [*members, *nonmembers], a)
+        base, gold = small_models(
+            Path(a.work), forget, retain, probe, [*members, *nonmembers], seed=a.seed, epochs=EPOCHS
+        )
     else:
         base, gold = load_model(a.model, a.dtype), load_model(a.gold, a.dtype) if a.gold else None
 
