@@ -1,4 +1,4 @@
-"""Batched greedy generation with a key-value cache, for one model or for N adapters of one model at once.
+"""Batched generation with a key-value cache, greedy or sampled, for one model or for N adapters of one model at once.
 
 One candidate's prefill and step never mention N; they are mapped over the candidates' axis, and the loop over steps
 lies outside the map. (A mapped loop would keep every candidate's cache through a select at each step.) The loop stops
@@ -30,6 +30,24 @@ CPU_TOKENS_AT_ONCE = 4096  # of the candidates that read their prompts together;
 _CACHE_AXES = Cache(0, 0, 0, None)  # type: ignore[arg-type]
 
 
+class Sampling(NamedTuple):
+    """Draw each token from the softmax of logits / temperature instead of taking the likeliest.
+
+    A draw depends on the seed, the prompt's place in the list and the token's place in the row only, so neither on the
+    batch nor on the candidate: candidates that agree draw the same tokens.
+    """
+
+    temperature: float = 1.0
+    seed: int = 0
+
+
+class Noise(NamedTuple):
+    """`Sampling` as arrays."""
+
+    key: Array
+    temperature: Float[Array, ""]
+
+
 class State(NamedTuple):
     """Rows under way. `last` is the newest token, not yet in the cache, and `position` its place in its row."""
 
@@ -37,14 +55,33 @@ class State(NamedTuple):
     last: Int[Array, "N rows"]
     position: Int[Array, "N rows"]
     ended: Bool[Array, "N rows"]
+    prompt: Int[Array, "N rows"]  # the row's place in the caller's list
 
 
-def next_token(model: Model, params: PyTree[Array], hidden: Float[Array, "rows hidden"]) -> Int[Array, " rows"]:
-    """The likeliest token of each row; the lowest id among equals. Logits are float32 [rows, vocab]."""
+def next_token(
+    model: Model,
+    params: PyTree[Array],
+    hidden: Float[Array, "rows hidden"],
+    noise: Noise | None,
+    prompt: Int[Array, " rows"],
+    position: Int[Array, " rows"],
+) -> Int[Array, " rows"]:
+    """Each row's next token: the likeliest (the lowest id among equals), or a draw (by the Gumbel-max trick).
+
+    Logits are float32 [rows, vocab].
+    """
     head = model.head(params)
     dims = (((1,), (1,)), ((), ()))
     exact = precision(hidden.dtype)
     logits = jax.lax.dot_general(hidden, head, dims, precision=exact, preferred_element_type=jnp.float32)
+    if noise is not None:
+        key, temperature = noise
+
+        def gumbel(prompt: Array, position: Array) -> Array:
+            own = jax.random.fold_in(jax.random.fold_in(key, prompt), position)
+            return jax.random.gumbel(own, logits.shape[1:], jnp.float32)
+
+        logits = logits / temperature + jax.vmap(gumbel)(prompt, position)
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
@@ -54,6 +91,8 @@ def prefill(
     lora: PyTree[Array] | None,
     tokens: Int[Array, "rows length"],
     segments: Int[Array, "rows length"],
+    noise: Noise | None,
+    prompt: Int[Array, " rows"],
 ) -> tuple[Cache, Int[Array, " rows"]]:
     """One candidate's left-padded prompts: the filled cache (of `length` slots) and the first new tokens."""
     rows, length = tokens.shape
@@ -61,7 +100,7 @@ def prefill(
     cache = model.init_cache(rows, length, params["embed"]["weight"].dtype)
     newest = jnp.full((rows, 1), length - 1, jnp.int32)
     out = model.forward(params, lora, tokens, positions=positions, segments=segments, cache=cache, at=newest)
-    return out.cache, next_token(model, params, out.hidden[:, 0])  # type: ignore[return-value]
+    return out.cache, next_token(model, params, out.hidden[:, 0], noise, prompt, positions[:, -1] + 1)  # type: ignore[return-value]
 
 
 def step(
@@ -71,10 +110,12 @@ def step(
     cache: Cache,
     last: Int[Array, " rows"],
     position: Int[Array, " rows"],
+    noise: Noise | None,
+    prompt: Int[Array, " rows"],
 ) -> tuple[Cache, Int[Array, " rows"]]:
     """One candidate's next tokens."""
     out = model.forward(params, lora, last[:, None], positions=position[:, None], cache=cache)
-    return out.cache, next_token(model, params, out.hidden[:, 0])  # type: ignore[return-value]
+    return out.cache, next_token(model, params, out.hidden[:, 0], noise, prompt, position + 1)  # type: ignore[return-value]
 
 
 class Programs(NamedTuple):
@@ -92,32 +133,38 @@ def programs(model: Model) -> Programs:
 
     @functools.partial(jax.jit, static_argnames=("count",))
     def start(
-        params: PyTree, lora: PyTree, tokens: Array, segments: Array, live: Array, eos: Array, *, count: int
-    ) -> State:
+        params: PyTree, lora: PyTree, tokens: Array, segments: Array, prompt: Array, eos: Array, noise: Noise | None,
+        *, count: int,
+    ) -> State:  # fmt: skip
         one = functools.partial(prefill, model)
         group = max(1, CPU_TOKENS_AT_ONCE // tokens.size) if jax.default_backend() == "cpu" else count
         if group < count:
-            cache, last = jax.lax.map(lambda mine: one(params, mine, tokens, segments), lora, batch_size=group)
+            run = lambda mine: one(params, mine, tokens, segments, noise, prompt)  # noqa: E731
+            cache, last = jax.lax.map(run, lora, batch_size=group)
             cache = cache._replace(length=cache.length[0])
         else:
-            cache, last = _mapped(one, count, (None, 0, None, None))(params, lora, tokens, segments)
+            mapped = _mapped(one, count, (None, 0, None, None, None, None))
+            cache, last = mapped(params, lora, tokens, segments, noise, prompt)
         position = jnp.broadcast_to(jnp.sum(segments, axis=1, dtype=jnp.int32)[None], last.shape)
-        return State(cache, last, position, _is_in(last, eos) | ~live[None])
+        prompts = jnp.broadcast_to(prompt[None], last.shape)
+        return State(cache, last, position, _is_in(last, eos) | (prompts < 0), prompts)
 
     @functools.partial(jax.jit, static_argnames=("size",), donate_argnames=("state",))
-    def run(params: PyTree, lora: PyTree, state: State, steps: Array, eos: Array, *, size: int) -> tuple[State, Array]:
-        count = state.last.shape[0]
-        mapped = _mapped(functools.partial(step, model), count, (None, 0, _CACHE_AXES, 0, 0))
+    def run(
+        params: PyTree, lora: PyTree, state: State, steps: Array, eos: Array, noise: Noise | None, *, size: int
+    ) -> tuple[State, Array]:
+        count, prompt = state.last.shape[0], state.prompt
+        mapped = _mapped(functools.partial(step, model), count, (None, 0, _CACHE_AXES, 0, 0, None, 0))
         params, lora = model.apart(params), model.apart(lora, axis=1)
 
         def unfinished(carry: tuple[Array, State, Array]) -> Array:
             return (carry[0] < steps) & ~jnp.all(carry[1].ended)
 
         def body(carry: tuple[Array, State, Array]) -> tuple[Array, State, Array]:
-            i, (cache, last, position, ended), out = carry
-            cache, token = mapped(params, lora, cache, last, position)
+            i, (cache, last, position, ended, _), out = carry
+            cache, token = mapped(params, lora, cache, last, position, noise, prompt)
             out = jax.lax.dynamic_update_index_in_dim(out, token, i, axis=0)
-            return i + 1, State(cache, token, position + 1, ended | _is_in(token, eos)), out
+            return i + 1, State(cache, token, position + 1, ended | _is_in(token, eos), prompt), out
 
         out = jnp.zeros((size, *state.last.shape), jnp.int32)
         _, state, out = jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), state, out))
@@ -138,11 +185,11 @@ def programs(model: Model) -> Programs:
             take = functools.partial(jnp.take, axis=axis, mode="clip")
             return take(leaf, index[0]) if index.shape[0] == 1 else jax.vmap(take)(leaf, index)
 
-        (keys, values, segments, length), last, position, ended = state
+        keys, values, segments, length = state.cache
         keys, values = (tuple(rows(part, -4) for part in parts) for parts in (keys, values))
-        cache = Cache(keys, values, rows(segments, 0), length)
-        last, position, ended = (jnp.take_along_axis(x, index, axis=1, mode="clip") for x in (last, position, ended))
-        return State(cache, last, position, ended | ~live)
+        own = [jnp.take_along_axis(x, index, axis=1, mode="clip") for x in state[1:]]
+        kept = State(Cache(keys, values, rows(segments, 0), length), *own)
+        return kept._replace(ended=kept.ended | ~live)
 
     return Programs(start, run, grow, keep)
 
@@ -177,12 +224,15 @@ def _looks(limit: int) -> list[int]:
 
 
 def _generate_batch(
-    run: Programs, params: PyTree, lora: PyTree, count: int, batch: Batch, eos: np.ndarray, limit: int
-) -> np.ndarray:
+    run: Programs, params: PyTree, lora: PyTree, count: int, batch: Batch, eos: np.ndarray, limit: int,
+    noise: Noise | None,
+) -> np.ndarray:  # fmt: skip
     """New tokens, int32 [count, rows, limit]; what follows an end token means nothing."""
     total, width = batch.tokens.shape
     live = np.arange(total) < len(batch.places)
-    state = run.start(params, lora, batch.tokens, batch.segments, live, eos, count=count)
+    prompt = np.full(total, -1, np.int32)
+    prompt[live] = batch.places
+    state = run.start(params, lora, batch.tokens, batch.segments, prompt, eos, noise, count=count)
     produced = np.zeros((count, total, limit), np.int32)
     produced[:, :, 0] = state.last
     # rows[n, i]: which of the batch's rows runs in place i of candidate n; -1 where the place is filler.
@@ -203,7 +253,7 @@ def _generate_batch(
         if slots > state.cache.slots:
             state = run.grow(state, slots=slots)
         size = max(64, power_of_two(limit))
-        state, new = run.run(params, lora, state, np.int32(end - done), eos, size=size)
+        state, new = run.run(params, lora, state, np.int32(end - done), eos, noise, size=size)
         tokens = np.asarray(new)[: end - done].transpose(1, 2, 0)
         for n, at in zip(*np.nonzero(rows >= 0)):
             produced[n, rows[n, at], done:end] = tokens[n, at]
@@ -221,10 +271,11 @@ def generate_candidates(
     pad_token_id: int,
     max_new_tokens: int,
     batch_size: int,
+    sampling: Sampling | None = None,
     names: Sequence[str] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[list[list[int]]]:
-    """Greedy continuations of each prompt by each of N candidates, all candidates in one program.
+    """Continuations of each prompt by each of N candidates, all candidates in one program.
 
     The base weights are shared and have no candidates' axis; a batch holds N x batch_size rows of cache.
 
@@ -237,6 +288,7 @@ def generate_candidates(
       pad_token_id: fills the left of short prompts; any id of the vocabulary, it is never attended to.
       max_new_tokens: the most new tokens of a row, at least 1.
       batch_size: prompts per batch, per candidate.
+      sampling: draw tokens; default greedy.
       names: the rows' names, for error messages.
       progress: called with the number of continuations that have been finished since the last call.
 
@@ -245,7 +297,7 @@ def generate_candidates(
 
     Raises:
       UserError: a row without tokens, with an id outside the vocabulary, or that with max_new_tokens is longer than
-        the context; max_new_tokens or batch_size below 1.
+        the context; max_new_tokens or batch_size below 1; a temperature that is not above 0.
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
@@ -256,9 +308,14 @@ def generate_candidates(
     eos = np.array(sorted({int(i) for i in eos_token_ids}), np.int32)
     eos = np.pad(eos, (0, -len(eos) % 4 or 4 * (not len(eos))), constant_values=-1)
     run = programs(model)
+    noise = None
+    if sampling is not None:
+        if not sampling.temperature > 0:
+            raise UserError(f"temperature must be above 0, not {sampling.temperature}; without sampling it is greedy")
+        noise = Noise(jax.random.key(sampling.seed), jnp.float32(sampling.temperature))
     results: list[list[list[int]]] = [[[] for _ in prompts] for _ in range(count)]
     for batch in batches(prompts, batch_size, pad_token_id, left=True, widest=config.max_positions, per_octave=2):
-        produced = _generate_batch(run, params, lora, count, batch, eos, max_new_tokens)
+        produced = _generate_batch(run, params, lora, count, batch, eos, max_new_tokens, noise)
         ends = np.isin(produced, eos)
         lengths = np.where(ends.any(axis=-1), ends.argmax(axis=-1), max_new_tokens)
         for n in range(count):
@@ -278,10 +335,11 @@ def generate(
     pad_token_id: int,
     max_new_tokens: int,
     batch_size: int,
+    sampling: Sampling | None = None,
     names: Sequence[str] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
-    """Greedy continuations by one model: `generate_candidates` with N = 1, and its arguments, returns and errors."""
+    """Continuations by one model: `generate_candidates` with N = 1, and its arguments, returns and errors."""
     return generate_candidates(
         model,
         variables.params,
@@ -291,6 +349,7 @@ def generate(
         pad_token_id=pad_token_id,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
+        sampling=sampling,
         names=names,
         progress=progress,
     )[0]
