@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from unlearnjax.errors import UserError
 from unlearnjax.evaluation.batches import Batch, batches, check_rows, power_of_two
+from unlearnjax.evaluation.journal import Records, recorded
 from unlearnjax.models.precision import precision
 from unlearnjax.models.protocol import Cache, Model, Variables
 
@@ -208,6 +209,7 @@ def generate_candidates(
     batch_size: int,
     names: Sequence[str] | None = None,
     progress: Callable[[int], None] | None = None,
+    records: Records | None = None,
 ) -> list[list[list[int]]]:
     """Greedy continuations of each prompt by each of N candidates, all candidates in one program.
 
@@ -224,6 +226,7 @@ def generate_candidates(
       batch_size: prompts per batch, per candidate.
       names: the rows' names, for error messages.
       progress: called with the number of continuations that have been finished since the last call.
+      records: finished batches of the same work, which are not computed again; gets each further one.
 
     Returns:
       [N][rows] lists of new ids, without the end token: a list of max_new_tokens ids is a row that did not end.
@@ -242,13 +245,18 @@ def generate_candidates(
     eos = np.pad(eos, (0, -len(eos) % 4 or 4 * (not len(eos))), constant_values=-1)
     run = programs(model)
     results: list[list[list[int]]] = [[[] for _ in prompts] for _ in range(count)]
-    for batch in batches(prompts, batch_size, pad_token_id, left=True, widest=config.max_positions, per_octave=2):
+
+    def continuations(batch: Batch) -> list[list[list[int]]]:
         produced = _generate_batch(run, params, lora, count, batch, eos, max_new_tokens)
         ends = np.isin(produced, eos)
         lengths = np.where(ends.any(axis=-1), ends.argmax(axis=-1), max_new_tokens)
-        for n in range(count):
-            for at, row in enumerate(batch.places):
-                results[n][row] = produced[n, at, : lengths[n, at]].tolist()
+        rows = range(len(batch.places))
+        return [[produced[n, at, : lengths[n, at]].tolist() for at in rows] for n in range(count)]
+
+    for batch in batches(prompts, batch_size, pad_token_id, left=True, widest=config.max_positions, per_octave=2):
+        for n, found in enumerate(recorded(records, batch, continuations)):
+            for row, ids in zip(batch.places, found, strict=True):
+                results[n][row] = ids
         if progress is not None:
             progress(count * len(batch.places))
     return results
