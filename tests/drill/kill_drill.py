@@ -189,9 +189,11 @@ def phase_of(out):
     """What a killed run was at, from what it left."""
     if (out / "report.json").exists():
         return "ended"
+    checkpoints = out / "checkpoints"
+    if (checkpoints / "evaluation").exists():
+        return "evaluating"
     if (out / "candidates").exists():
         return "after training"
-    checkpoints = out / "checkpoints"
     if list(checkpoints.glob(".step-*.part")):
         return "writing a checkpoint"
     return "training" if list(checkpoints.glob("step-*")) else "before the first checkpoint"
