@@ -184,14 +184,15 @@ def run(
         with staged_file(out / "recipe.yml") as path:
             path.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
         trained = train_candidates(lm, prepared, recipe, progress=progress, keeper=keeper, stop=stop)
+        described = {**describe_data(sources, data), "padding_share": prepared.schedule.padding_share}
+        if mmlu_data is not None and mmlu is not None:
+            described["mmlu"] = describe_mmlu(mmlu_data, mmlu)
         about = {
             "title": title or f"Unlearning with the recipe {recipe.name}",
             "command": list(command),
             "recipe": plain,
-            "data": {**describe_data(sources, data), "padding_share": prepared.schedule.padding_share},
+            "data": described,
         }
-        if mmlu_data is not None and mmlu is not None:
-            about["data"]["mmlu"] = describe_mmlu(mmlu_data, mmlu)
         report = finish(
             lm, recipe, data, trained, out, about, mmlu=mmlu, journal=journal, progress=progress, stop=stop
         )  # fmt: skip
