@@ -165,9 +165,31 @@ def test_hidden_states_at_some_positions_are_those_of_all(params, lora, kind, un
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5, rtol=1e-4), got, expected)
 
 
-def test_positions_go_with_neither_a_cache_nor_taps(params):
-    with pytest.raises(ValueError, match="neither a cache nor taps"):
+def test_positions_do_not_go_with_taps(params):
+    with pytest.raises(ValueError, match="not go with taps"):
         run(build(CONFIG), params, at=jnp.zeros((2, 1), jnp.int32), taps=Taps(read=("mlp",)))
+
+
+@pytest.mark.parametrize("unroll", [True, False])
+@pytest.mark.parametrize("kind", list(FAMILY_CONFIGS))
+def test_a_cache_gives_what_whole_rows_give(params, lora, kind, unroll):
+    """Padded prompts of 6, then three calls of one token, with the layers taken apart, against one call of 9."""
+    model = build(FAMILY_CONFIGS[kind], unroll=unroll)
+    segments = jnp.asarray([[0, 0, *[1] * 7], [1] * 9])
+    positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
+    whole = run(model, params, lora, segments=segments, positions=positions).hidden
+    cache = model.init_cache(2, 6, jnp.float32)
+    first = {"segments": segments[:, :6], "positions": positions[:, :6], "cache": cache, "at": jnp.full((2, 1), 5)}
+    out = run(model, params, lora, TOKENS[:, :6], **first)
+    found, cache = [out.hidden], out.cache
+    keys = tuple(jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 4)]) for x in cache.keys)
+    values = tuple(jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, 4), (0, 0)]) for x in cache.values)
+    cache = cache._replace(keys=keys, values=values, segments=jnp.pad(cache.segments, [(0, 0), (0, 4)]))
+    split = model.apart(params), model.apart(lora)
+    for i in range(6, 9):
+        out = run(model, *split, TOKENS[:, i : i + 1], positions=positions[:, i : i + 1], cache=cache)
+        found, cache = [*found, out.hidden], out.cache
+    np.testing.assert_allclose(jnp.concatenate(found, axis=1), whole[:, 5:], atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", list(FAMILY_CONFIGS))

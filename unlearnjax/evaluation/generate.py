@@ -18,12 +18,14 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from unlearnjax.errors import UserError
 from unlearnjax.evaluation.batches import Batch, batches, check_rows, power_of_two
 from unlearnjax.evaluation.journal import Records, recorded
+from unlearnjax.models.cache import Cache
 from unlearnjax.models.precision import precision
-from unlearnjax.models.protocol import Cache, Model, Variables
+from unlearnjax.models.protocol import Model, Variables
 
 FIRST_LOOK = 32  # new tokens before the host first looks, and doubling from there. LUME's answers: 7 (qa) or 46 (sc)
 SLOT_STEP = 64  # cache lengths are multiples of this, so that different prompt widths share a program
 SHRINK = 4  # drop ended rows when at most 1/SHRINK of the batch is alive: each size is another program to compile
+CPU_TOKENS_AT_ONCE = 4096  # of the candidates that read their prompts together; more only miss the caches
 
 # The candidates' axis of a Cache: all rows of all candidates have written the same number of slots.
 _CACHE_AXES = Cache(0, 0, 0, None)  # type: ignore[arg-type]
@@ -32,7 +34,7 @@ _CACHE_AXES = Cache(0, 0, 0, None)  # type: ignore[arg-type]
 class State(NamedTuple):
     """Rows under way. `last` is the newest token, not yet in the cache, and `position` its place in its row."""
 
-    cache: Cache  # leaves [N, ...], except length
+    cache: Cache  # leaves [N, ...], except length; without the axis where N is 1
     last: Int[Array, "N rows"]
     position: Int[Array, "N rows"]
     ended: Bool[Array, "N rows"]
@@ -58,8 +60,9 @@ def prefill(
     rows, length = tokens.shape
     positions = jnp.maximum(jnp.cumsum(segments, axis=1, dtype=jnp.int32) - 1, 0)
     cache = model.init_cache(rows, length, params["embed"]["weight"].dtype)
-    out = model.forward(params, lora, tokens, positions=positions, segments=segments, cache=cache)
-    return out.cache, next_token(model, params, out.hidden[:, -1])  # type: ignore[return-value]
+    newest = jnp.full((rows, 1), length - 1, jnp.int32)
+    out = model.forward(params, lora, tokens, positions=positions, segments=segments, cache=cache, at=newest)
+    return out.cache, next_token(model, params, out.hidden[:, 0])  # type: ignore[return-value]
 
 
 def step(
@@ -92,25 +95,21 @@ def programs(model: Model) -> Programs:
     def start(
         params: PyTree, lora: PyTree, tokens: Array, segments: Array, live: Array, eos: Array, *, count: int
     ) -> State:
-        mapped = jax.vmap(
-            functools.partial(prefill, model),
-            in_axes=(None, 0, None, None),
-            out_axes=(_CACHE_AXES, 0),
-            axis_size=count,
-        )
-        cache, last = mapped(params, lora, tokens, segments)
+        one = functools.partial(prefill, model)
+        group = max(1, CPU_TOKENS_AT_ONCE // tokens.size) if jax.default_backend() == "cpu" else count
+        if group < count:
+            cache, last = jax.lax.map(lambda mine: one(params, mine, tokens, segments), lora, batch_size=group)
+            cache = cache._replace(length=cache.length[0])
+        else:
+            cache, last = _mapped(one, count, (None, 0, None, None))(params, lora, tokens, segments)
         position = jnp.broadcast_to(jnp.sum(segments, axis=1, dtype=jnp.int32)[None], last.shape)
         return State(cache, last, position, _is_in(last, eos) | ~live[None])
 
     @functools.partial(jax.jit, static_argnames=("size",), donate_argnames=("state",))
     def run(params: PyTree, lora: PyTree, state: State, steps: Array, eos: Array, *, size: int) -> tuple[State, Array]:
         count = state.last.shape[0]
-        mapped = jax.vmap(
-            functools.partial(step, model),
-            in_axes=(None, 0, _CACHE_AXES, 0, 0),
-            out_axes=(_CACHE_AXES, 0),
-            axis_size=count,
-        )
+        mapped = _mapped(functools.partial(step, model), count, (None, 0, _CACHE_AXES, 0, 0))
+        params, lora = model.apart(params), model.apart(lora, axis=1)
 
         def unfinished(carry: tuple[Array, State, Array]) -> Array:
             return (carry[0] < steps) & ~jnp.all(carry[1].ended)
@@ -128,25 +127,41 @@ def programs(model: Model) -> Programs:
     @functools.partial(jax.jit, static_argnames=("slots",))
     def grow(state: State, *, slots: int) -> State:
         def widen(leaf: Array, axis: int) -> Array:
-            return jnp.pad(leaf, [(0, slots - leaf.shape[axis] if i == axis else 0) for i in range(leaf.ndim)])
+            return jnp.pad(leaf, [(0, slots - n if axis == i - leaf.ndim else 0) for i, n in enumerate(leaf.shape)])
 
         keys, values, segments, length = state.cache
-        wide = Cache(
-            tuple(widen(part, 5) for part in keys), tuple(widen(part, 4) for part in values), widen(segments, 2), length
-        )
-        return state._replace(cache=wide)
+        keys, values = tuple(widen(part, -1) for part in keys), tuple(widen(part, -2) for part in values)
+        return state._replace(cache=Cache(keys, values, widen(segments, -1), length))
 
     @jax.jit
     def keep(state: State, index: Array, live: Array) -> State:
         def rows(leaf: Array, axis: int) -> Array:
-            return jax.vmap(functools.partial(jnp.take, axis=axis, mode="clip"))(leaf, index)
+            take = functools.partial(jnp.take, axis=axis, mode="clip")
+            return take(leaf, index[0]) if index.shape[0] == 1 else jax.vmap(take)(leaf, index)
 
         (keys, values, segments, length), last, position, ended = state
-        keys, values = (tuple(rows(part, 1) for part in parts) for parts in (keys, values))
+        keys, values = (tuple(rows(part, -4) for part in parts) for parts in (keys, values))
         cache = Cache(keys, values, rows(segments, 0), length)
-        return State(cache, rows(last, 0), rows(position, 0), rows(ended, 0) | ~live)
+        last, position, ended = (jnp.take_along_axis(x, index, axis=1, mode="clip") for x in (last, position, ended))
+        return State(cache, last, position, ended | ~live)
 
     return Programs(start, run, grow, keep)
+
+
+def _mapped(one: Callable[..., tuple[Cache, Array]], count: int, axes: tuple[Any, ...]) -> Callable[..., Any]:
+    """`one` (a prefill or a step) mapped over the candidates.
+
+    A single candidate is not mapped: its cache has no candidates' axis, whose removal would be the reshape that makes
+    XLA copy the cache at every step.
+    """
+    if count > 1:
+        return jax.vmap(one, in_axes=axes, out_axes=(_CACHE_AXES, 0), axis_size=count)
+
+    def alone(*args: Any) -> tuple[Cache, Array]:
+        cache, last = one(*(jax.tree.map(lambda x: x[0], arg) if axis == 0 else arg for arg, axis in zip(args, axes)))
+        return cache, last[None]
+
+    return alone
 
 
 def _is_in(tokens: Array, ids: Array) -> Array:

@@ -27,8 +27,6 @@ from unlearnjax.evaluation.membership import membership
 from unlearnjax.evaluation.nll import token_nll_candidates
 from unlearnjax.evaluation.probe import probe as score_probe
 from unlearnjax.evaluation.semeval import Scores, score
-from unlearnjax.models.config import ModelConfig
-from unlearnjax.models.decoder import build
 from unlearnjax.models.protocol import Model, Variables
 
 PROBE_ROOM = 8  # new tokens for the probe beyond its longest answer; a generation that needs more cannot match
@@ -152,12 +150,6 @@ def _decode(tokenizer: Any, ids: list[list[int]]) -> list[str]:
         logging.set_verbosity(before)
 
 
-@functools.lru_cache(maxsize=4)
-def _scanned(config: ModelConfig) -> Model:
-    # Scanned layers decode faster than unrolled ones, which copy the cache, and compile in half the time.
-    return build(config, unroll=False)
-
-
 def _run(
     model: Model,
     params: PyTree[Array],
@@ -182,7 +174,7 @@ def _run(
         if not work.ids:
             return [[] for _ in range(count)]
         found = generate_candidates(
-            _scanned(model.config),
+            model,
             params,
             lora,
             work.ids,

@@ -9,56 +9,38 @@ from unlearnjax.models.precision import precision
 
 def attend(
     query: Float[Array, "batch kv_heads group length head_dim"],
-    key: Float[Array, "batch kv_heads own head_dim"],
-    value: Float[Array, "batch kv_heads own head_dim"],
+    key: Float[Array, "batch kv_heads head_dim keys"],
+    value: Float[Array, "batch kv_heads keys head_dim"],
     mask: Bool[Array, "batch_or_1 length keys"],
-    stored: tuple[Array, Array] | None,
     scale: float,
     scores_at_once: int | None = None,
 ) -> Float[Array, "batch kv_heads group length head_dim"]:
     """softmax(scale * q k + mask) v.
 
     Args:
-      stored: of earlier calls, keys [batch, kv_heads, head_dim, slots] and values [batch, kv_heads, slots, head_dim];
-        the mask's last axis is these slots and then this call's own keys.
       scores_at_once: rows are attended to in blocks of about so many scores, and the backward pass forms a block's
         scores again instead of keeping them: on a CPU the blocks stay in the caches. None: all rows at once, and the
         probabilities are kept.
     """
     batch, kv_heads, group, length, _ = query.shape
-    if stored is not None or scores_at_once is None:
-        return _attend(query, key, value, mask, stored, scale)
-    block = max(1, scores_at_once // (kv_heads * group * length * key.shape[2]))
+    if scores_at_once is None:
+        return _attend(query, key, value, mask, scale)
+    block = max(1, scores_at_once // (kv_heads * group * length * key.shape[3]))
     if block >= batch:
-        return _attend(query, key, value, mask, None, scale)
+        return _attend(query, key, value, mask, scale)
 
     @jax.checkpoint
     def row(x: tuple[Array, Array, Array, Array | None]) -> Array:
         q, k, v, m = x
         own = mask[0] if m is None else m
-        return _attend(q[None], k[None], v[None], own[None], None, scale)[0]
+        return _attend(q[None], k[None], v[None], own[None], scale)[0]
 
     return jax.lax.map(row, (query, key, value, None if mask.shape[0] == 1 else mask), batch_size=block)
 
 
-def _attend(
-    query: Array, key: Array, value: Array, mask: Array, stored: tuple[Array, Array] | None, scale: float
-) -> Array:
+def _attend(query: Array, key: Array, value: Array, mask: Array, scale: float) -> Array:
     exact = precision(query.dtype)
-
-    def against(keys: Array, axes: str) -> Array:
-        return jnp.einsum(f"bkgtd,{axes}->bkgts", query, keys, precision=exact, preferred_element_type=jnp.float32)
-
-    def mix(shares: Array, values: Array) -> Array:
-        return jnp.einsum("bkgts,bksd->bkgtd", shares, values, precision=exact)
-
-    scores = against(key, "bksd")
-    if stored is not None:
-        scores = jnp.concatenate([against(stored[0], "bkds"), scores], axis=-1)
+    scores = jnp.einsum("bkgtd,bkds->bkgts", query, key, precision=exact, preferred_element_type=jnp.float32)
     scores = jnp.where(mask[:, None, None], scores * scale, jnp.finfo(jnp.float32).min)
     probabilities = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-    slots = probabilities.shape[-1] - key.shape[2]
-    mixed = mix(probabilities[..., slots:], value)
-    if stored is not None:
-        mixed = mixed + mix(probabilities[..., :slots], stored[1])
-    return mixed
+    return jnp.einsum("bkgts,bksd->bkgtd", probabilities, value, precision=exact)

@@ -1,18 +1,20 @@
 """The decoder's forward pass: embeddings, layers (unrolled or scanned), final norm. Hidden states out, never logits."""
 
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int, PyTree
 
 from unlearnjax.models.abstract import abstract_params
+from unlearnjax.models.cache import Cache, Slots, init_cache
 from unlearnjax.models.config import ModelConfig
 from unlearnjax.models.layers import MLP, Attention, Norm, pick
-from unlearnjax.models.protocol import Cache, Dropout, Model, Output, Taps
+from unlearnjax.models.masks import causal_mask, window_mask
+from unlearnjax.models.protocol import Dropout, Model, Output, Taps
 from unlearnjax.models.rope import rotations
 
 
@@ -31,11 +33,11 @@ class DecoderLayer(nn.Module):
         x: Array,
         rotation: Any,
         mask: Array,
-        stored: Any,
+        slots: Slots | None,
         dropout: Dropout | None,
         replace: dict[str, Any],
         at: Array | None = None,
-    ) -> tuple[Array, tuple[Array, Array], dict[str, Array]]:
+    ) -> tuple[Array, Slots | None, dict[str, Array]]:
         c = self.config
         seen: dict[str, Array] = {}
 
@@ -53,71 +55,34 @@ class DecoderLayer(nn.Module):
             return value if c.norms == "before" else Norm(c.norm, c.norm_eps, name=f"{name}_post_norm")(value)
 
         attention = Attention(c, self.scores_at_once, name="attention")
-        attended, new = attention(before("attention", x), rotation, mask, stored, dropout, at)
+        attended, slots = attention(before("attention", x), rotation, mask, slots, dropout, at)
         x = x if at is None else pick(x, at)
         x = x + tap("attention", after("attention", attended))
         x = x + tap("mlp", after("mlp", MLP(c, name="mlp")(before("mlp", x), dropout)))
-        return tap("hidden", x), new, seen
+        return tap("hidden", x), slots, seen
 
 
-def init_cache(config: ModelConfig, unroll: bool, batch: int, slots: int, dtype: Any) -> Cache:
-    """An empty cache of `slots` positions for `batch` rows."""
-    parts, layers = (config.layers, 1) if unroll else (1, config.layers)
-    lead = (layers, batch, config.kv_heads)
-    keys = tuple(jnp.zeros((*lead, config.head_dim, slots), dtype) for _ in range(parts))
-    values = tuple(jnp.zeros((*lead, slots, config.head_dim), dtype) for _ in range(parts))
-    return Cache(keys, values, jnp.zeros((batch, slots), jnp.int32), jnp.zeros((), jnp.int32))
+class View(NamedTuple):
+    """What a layer needs to know of the positions."""
+
+    rotation: tuple[Array, Array]
+    mask: Array
 
 
-@custom_vmap
-def _write(cache: Array, new: Array, begin: tuple[Array, ...]) -> Array:
-    """`cache` with `new` written from the place `begin` on, an index for each of the last axes."""
-    zero = jnp.zeros((), jnp.int32)
-    return jax.lax.dynamic_update_slice(cache, new, (*[zero] * (cache.ndim - len(begin)), *begin))
+def _views(
+    config: ModelConfig, positions: Array, mask: Array, cache: Cache | None, sliding: Sequence[bool]
+) -> tuple[View, View]:
+    """The views of layers that see everything, and of those that see a sliding window."""
+    full = View(rotations(config.rope, config.head_dim, positions), mask)
+    if config.window is None or not any(sliding):
+        return full, full
+    near = window_mask(config.window, positions.shape[1], cache)
+    return full, View(rotations(config.local_rope or config.rope, config.head_dim, positions), mask & near)
 
 
-@_write.def_vmap
-def _write_mapped(size: int, mapped: Any, cache: Array, new: Array, begin: tuple[Array, ...]) -> tuple[Array, bool]:
-    # JAX's own rule makes a scatter of it, which XLA does not do in place.
-    if any(jax.tree.leaves(mapped[2])):
-        raise ValueError("all rows of all candidates must have written the same number of slots")
-    cache, new = (x if m else jnp.broadcast_to(x[None], (size, *x.shape)) for x, m in zip((cache, new), mapped))
-    return _write(cache, new, begin), True
-
-
-def _attention_mask(length: int, segments: Array | None, cache: Cache | None) -> tuple[Array, Array | None]:
-    """Which keys each query sees, [batch or 1, length, slots + length], and the cache's segments after this call.
-
-    The keys are the cache's slots, where there are any to read, and then this call's own.
-    """
-    start: Array | int = 0
-    slots, keys = length, segments
-    if cache is not None:
-        slots, start = cache.slots, cache.length
-        written = jnp.ones((cache.segments.shape[0], length), jnp.int32) if segments is None else segments
-        keys = jax.lax.dynamic_update_slice(
-            cache.segments, written.astype(jnp.int32), (jnp.zeros((), jnp.int32), start)
-        )
-        segments = written
-    causal = jnp.arange(length, dtype=jnp.int32)[None, :] <= jnp.arange(length, dtype=jnp.int32)[:, None]
-    if segments is None or keys is None:
-        return causal[None], None
-    # A padding query (segment 0) sees only padding, so its softmax row stays finite and its output is never read.
-    own = causal[None] & (segments[:, :, None] == segments[:, None, :])
-    if cache is None or slots == length:
-        return own, keys
-    written = jnp.arange(slots, dtype=jnp.int32)[None, None, :] < start
-    return jnp.concatenate([written & (segments[:, :, None] == cache.segments[:, None, :]), own], axis=-1), keys
-
-
-def _near(window: int, length: int, keys: int, start: Array | int) -> Array:
-    """Which of `_attention_mask`'s keys lie less than `window` slots back, [1, length, keys]."""
-    query = jnp.arange(length, dtype=jnp.int32)[:, None]
-    near = query - jnp.arange(length, dtype=jnp.int32)[None] < window
-    if keys > length:
-        slots = jnp.arange(keys - length, dtype=jnp.int32)[None]
-        near = jnp.concatenate([start + query - slots < window, near], axis=1)
-    return near[None]
+def _embedded(config: ModelConfig, params: PyTree[Array], tokens: Array) -> Array:
+    x: Array = params["embed"]["weight"][tokens]
+    return x if config.embed_scale == 1.0 else x * jnp.asarray(config.embed_scale, x.dtype)
 
 
 def forward(
@@ -141,87 +106,110 @@ def forward(
     first, last = layers or (0, config.layers)
     batch, length = tokens.shape[:2]
     taps = taps or Taps()
+    if at is not None and (taps.read or taps.replace):
+        raise ValueError("forward: `at` does not go with taps")
     if positions is None:
         start = jnp.zeros((), jnp.int32) if cache is None else cache.length
         positions = jnp.broadcast_to(start + jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
-    mask, cached_segments = _attention_mask(length, segments, cache)
-    full = (rotations(config.rope, config.head_dim, positions), mask)
+    mask, segments_after = causal_mask(length, segments, cache)
     sliding = config.sliding[first:last] or (False,) * (last - first)
-    local = full
-    if config.window is not None and any(sliding):
-        near = _near(config.window, length, mask.shape[-1], 0 if cache is None else cache.length)
-        local = (rotations(config.local_rope or config.rope, config.head_dim, positions), mask & near)
+    full, local = _views(config, positions, mask, cache, sliding)
 
-    x = params["embed"]["weight"][tokens] if first == 0 else tokens
-    if first == 0 and config.embed_scale != 1.0:
-        x = x * jnp.asarray(config.embed_scale, x.dtype)
+    x = _embedded(config, params, tokens) if first == 0 else tokens
     if taps.embed_add is not None:
         x = x + taps.embed_add.astype(x.dtype)
 
     layer = DecoderLayer(config, scores_at_once)
-    whole = (first, last) == (0, config.layers)
-    stacked = {
-        "params": params["layers"],
-        "lora": {} if lora is None else lora["layers"],
-    }
-    if not whole:
-        stacked = jax.tree.map(lambda leaf: leaf[first:last], stacked)
 
-    def body(x: Array, xs: tuple[Any, Any, Array, Any], slides: bool | Array, at: Array | None) -> tuple[Array, Any]:
-        variables, replace, index, here = xs
+    def body(
+        x: Array, slots: Slots | None, xs: tuple[Any, Any, Any], slides: bool | Array, at: Array | None
+    ) -> tuple[Array, Slots | None, dict[str, Array]]:
+        variables, replace, index = xs
         if isinstance(slides, bool):
-            rotation, mask = local if slides else full
+            view = local if slides else full
         else:
-            rotation, mask = jax.tree.map(lambda a, b: jnp.where(slides, a, b), local, full)
+            view = jax.tree.map(lambda a, b: jnp.where(slides, a, b), local, full)
         dropped = None if dropout is None else Dropout(jax.random.fold_in(dropout.key, index), dropout.rate)
-        x, new, seen = layer.apply(variables, x, rotation, mask, here, dropped, replace, at)  # type: ignore[misc]
-        return x, ({site: seen[site] for site in taps.read}, None if cache is None else new)
-
-    # A call as long as the cache can only be the first one: it finds no slots to read.
-    reads = cache is not None and cache.slots != length
-    stored: list[Any] = list(zip(cache.keys, cache.values)) if cache is not None and reads else [None] * config.layers
-    if at is not None and (cache is not None or taps.read or taps.replace):
-        raise ValueError("forward: `at` goes with neither a cache nor taps")
+        x, slots, seen = layer.apply(variables, x, *view, slots, dropped, replace, at)  # type: ignore[misc]
+        return x, slots, {site: seen[site] for site in taps.read}
 
     saving = jax.checkpoint if remat else lambda step: step
-    xs = (stacked, taps.replace or {}, jnp.arange(first, last, dtype=jnp.int32))
-    if unroll:
-        outs = []
-        for i in range(last - first):
-            # What follows the last layer's keys and values is read at these positions only, and computed there only.
-            asked = at if i == last - first - 1 else None
-            mine = jax.tree.map(lambda leaf, i=i: leaf[i], xs)
-            here = jax.tree.map(lambda leaf: leaf[0], stored[first + i])
-            x, out = saving(functools.partial(body, slides=sliding[i], at=asked))(x, (*mine, here))
-            outs.append(jax.tree.map(lambda leaf: leaf[None], out))
-        read = {site: jnp.concatenate([o[0][site] for o in outs]) for site in taps.read}
-        news = [o[1] for o in outs]
-    else:
-        alike = len(set(sliding)) == 1
-        here = jax.tree.map(lambda leaf: leaf[first:last], stored[0])
-
-        def step(x: Array, xs: Any) -> tuple[Array, Any]:
-            return body(x, xs[0], sliding[0] if alike else xs[1], None)
-
-        x, (read, new) = jax.lax.scan(saving(step), x, ((*xs, here), jnp.asarray(sliding, bool)))
-        news = [new]
-        # A scan over all but the last layer would copy the stacked weights, and one of many layers gains little.
-        x = x if at is None else pick(x, at)
+    trees = {"params": params["layers"], "lora": {} if lora is None else lora["layers"]}
+    indices = jnp.arange(first, last, dtype=jnp.int32)
+    walk = _unrolled if unroll else _scanned
+    x, cache_parts, read = walk(body, saving, x, cache, trees, taps.replace or {}, indices, (first, last), sliding, at)
 
     if last == config.layers:
         norm_params = {"params": params["norm"]} if "norm" in params else {}
         x = jnp.asarray(Norm(config.norm, config.norm_eps).apply(norm_params, x))
     after = None
-    if cache is not None and cached_segments is not None:
-        # Written once, after all reads. (On a CPU XLA still copies each array first: it sees no order between the two.)
-        parts = range(first, last) if unroll else [0]
-        zero, top = jnp.zeros((), jnp.int32), jnp.full((), 0 if unroll else first, jnp.int32)
-        keys, values = list(cache.keys), list(cache.values)
-        for part, (key, value) in zip(parts, news, strict=True):
-            keys[part] = _write(keys[part], jnp.swapaxes(key, -1, -2), (top, zero, zero, zero, cache.length))
-            values[part] = _write(values[part], value, (top, zero, zero, cache.length, zero))
-        after = Cache(tuple(keys), tuple(values), cached_segments, cache.length + length)
+    if cache is not None and segments_after is not None:
+        after = Cache(*cache_parts, segments_after, cache.length + length)
     return Output(x, after, read)
+
+
+def _unrolled(
+    body: Any, saving: Any, x: Array, cache: Cache | None, trees: Any, replace: Any, indices: Array,
+    layers: tuple[int, int], sliding: Sequence[bool], at: Array | None,
+) -> tuple[Array, tuple[Any, Any], dict[str, Array]]:  # fmt: skip
+    """The layers one after another; returns x, the cache's keys and values, and what was tapped."""
+    first, last = layers
+    keys, values = ([], []) if cache is None else (list(cache.keys), list(cache.values))
+    outs = []
+    for place, i in enumerate(range(first, last)):
+        # What follows the last layer's keys and values is read at these positions only, and computed there only.
+        asked = at if i == last - 1 else None
+        variables = {name: _layer(tree, i) for name, tree in trees.items()}
+        xs = (variables, jax.tree.map(lambda leaf, place=place: leaf[place], replace), indices[place])
+        slots = None if cache is None else Slots(keys[i], values[i], None, cache.length)
+        x, slots, seen = saving(functools.partial(body, slides=sliding[place], at=asked))(x, slots, xs)
+        outs.append(seen)
+        if slots is not None:
+            keys[i], values[i] = slots.keys, slots.values
+    return x, (tuple(keys), tuple(values)), {site: jnp.stack([seen[site] for seen in outs]) for site in outs[0]}
+
+
+def _scanned(
+    body: Any, saving: Any, x: Array, cache: Cache | None, trees: Any, replace: Any, indices: Array,
+    layers: tuple[int, int], sliding: Sequence[bool], at: Array | None,
+) -> tuple[Array, tuple[Any, Any], dict[str, Array]]:  # fmt: skip
+    """As `_unrolled`, in one scan."""
+    first, last = layers
+    if jax.tree.leaves(trees)[0].shape[0] != last - first:
+        trees = jax.tree.map(lambda leaf: leaf[first:last], trees)
+    alike = len(set(sliding)) == 1
+
+    def step(carry: tuple[Array, Any], xs: Any) -> tuple[Any, Any]:
+        x, stored = carry
+        slots = None if cache is None else Slots(stored[0], stored[1], xs[0][2], cache.length)
+        x, slots, seen = body(x, slots, xs[0], sliding[0] if alike else xs[1], None)
+        return (x, None if slots is None else (slots.keys, slots.values)), seen
+
+    stored = None if cache is None else (cache.keys[0], cache.values[0])
+    xs = ((trees, replace, indices), jnp.asarray(sliding, bool))
+    (x, stored), read = jax.lax.scan(saving(step), (x, stored), xs)
+    # A scan over all but the last layer would copy the stacked weights, and one of many layers gains little.
+    x = x if at is None else pick(x, at)
+    return x, ((), ()) if stored is None else ((stored[0],), (stored[1],)), read
+
+
+def _layer(tree: PyTree[Array], i: int) -> PyTree[Array]:
+    """Layer i of a stack, or of layers taken apart."""
+    return tree[i] if isinstance(tree, tuple) else jax.tree.map(lambda leaf: leaf[i], tree)
+
+
+def apart(config: ModelConfig, unroll: bool, tree: PyTree[Array] | None, axis: int = 0) -> PyTree[Array] | None:
+    """A tree (base weights or adapter) with its stacked layers taken apart where layers are unrolled.
+
+    A loop whose body takes them apart copies every weight at every turn.
+    """
+    if tree is None or not unroll:
+        return tree
+
+    def one(i: int) -> PyTree[Array]:
+        return jax.tree.map(lambda leaf: jax.lax.index_in_dim(leaf, i, axis, keepdims=False), tree["layers"])
+
+    return {**tree, "layers": tuple(one(i) for i in range(config.layers))}
 
 
 def head(params: PyTree[Array]) -> Float[Array, "vocab hidden"]:
@@ -250,4 +238,5 @@ def build(
         scores_at_once = CPU_SCORES_AT_ONCE
     run = functools.partial(forward, config, unroll, remat, scores_at_once)
     cache = functools.partial(init_cache, config, unroll)
-    return Model(config, run, functools.partial(abstract_params, config), head, cache)
+    split = functools.partial(apart, config, unroll)
+    return Model(config, run, functools.partial(abstract_params, config), head, cache, split)

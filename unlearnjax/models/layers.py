@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from unlearnjax.models.abstract import name_key
 from unlearnjax.models.attention import attend
+from unlearnjax.models.cache import Slots, extend
 from unlearnjax.models.config import ModelConfig
 from unlearnjax.models.precision import precision
 from unlearnjax.models.protocol import Dropout
@@ -101,15 +102,13 @@ class Attention(nn.Module):
         x: Float[Array, "batch length hidden"],
         rotation: tuple[Array, Array],
         mask: Bool[Array, "batch_or_1 length keys"],
-        stored: tuple[Array, Array] | None,
+        slots: Slots | None,
         dropout: Dropout | None,
         at: Int[Array, "batch reads"] | None = None,
-    ) -> tuple[Array, tuple[Array, Array]]:
-        """Returns the output and this call's keys and values, [batch, kv_heads, length, head_dim] each.
+    ) -> tuple[Array, Slots | None]:
+        """Returns the output, and the slots with this call's keys and values.
 
         With `at` only these positions ask, and the output has them alone; all positions are keys all the same.
-        `stored` is (keys, values) of earlier calls, as `attend` takes them; the mask's last axis is these
-        slots and then this call's own keys. The cache is only read here: written layer by layer, XLA would copy it.
         """
         c = self.config
         batch = x.shape[0]
@@ -132,12 +131,17 @@ class Attention(nn.Module):
             return y.transpose(0, 2, 1, 3)
 
         query = rotate(heads("q", c.heads, asking), cos, sin)
-        key, value = rotate(heads("k", c.kv_heads, x), *rotation), heads("v", c.kv_heads, x)
+        key, values = rotate(heads("k", c.kv_heads, x), *rotation), heads("v", c.kv_heads, x)
         grouped = query.reshape(batch, c.kv_heads, c.heads // c.kv_heads, -1, c.head_dim)
-        mixed = attend(grouped, key, value, mask, stored, c.attention_scale, self.scores_at_once)
+        at_once = self.scores_at_once
+        keys = jnp.swapaxes(key, -1, -2)
+        if slots is not None:
+            slots, keys, values = extend(slots, keys, values)
+            at_once = at_once if keys.shape[3] == x.shape[1] else None  # blocks of a cache's rows would be copies
+        mixed = attend(grouped, keys, values, mask, c.attention_scale, at_once)
         mixed = mixed.reshape(batch, c.heads, -1, c.head_dim).transpose(0, 2, 1, 3)
         mixed = mixed.reshape(batch, -1, c.heads * c.head_dim)
-        return Linear(c.hidden_size, name="o")(mixed, dropout), (key, value)
+        return Linear(c.hidden_size, name="o")(mixed, dropout), slots
 
 
 class MLP(nn.Module):

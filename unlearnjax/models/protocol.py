@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
+from unlearnjax.models.cache import Cache
 from unlearnjax.models.config import ModelConfig
 
 
@@ -13,24 +14,6 @@ class Variables(NamedTuple):
 
     params: PyTree[Array]
     lora: PyTree[Array] | None = None
-
-
-class Cache(NamedTuple):
-    """Keys and values of the slots written so far. All rows write the same slots: pad prompts on the left.
-
-    Keys and values lie in one array for each stretch of layers that is scanned: for each layer, where layers are
-    unrolled. (A layer's slice of a larger array would be copied at every step before it is read; so would keys with
-    slots before features, since the product with one query wants them the other way round.)
-    """
-
-    keys: tuple[Float[Array, "layers batch kv_heads head_dim slots"], ...]
-    values: tuple[Float[Array, "layers batch kv_heads slots head_dim"], ...]
-    segments: Int[Array, "batch slots"]  # 0 marks padding and slots not written yet
-    length: Int[Array, ""]
-
-    @property
-    def slots(self) -> int:
-        return self.segments.shape[-1]
 
 
 class Taps(NamedTuple):
@@ -75,8 +58,9 @@ class Model(NamedTuple):
       layers: (start, stop), default all. Composing two ranges gives the whole, so stopping a gradient between them
         stops the backward pass there.
       at: int [batch, reads], the positions whose hidden states are wanted: `hidden` is [batch, reads, hidden]. Where
-        layers are unrolled, the last one's work is done for them alone. Not with a cache or taps.
+        layers are unrolled, the last one's work is done for them alone. Not with taps.
     `init_cache(batch, slots, dtype)`: an empty cache.
+    `apart(tree, axis=0)`: base weights or an adapter as a loop over calls wants them. `forward` takes them too.
     `abstract(dtype)`: the abstract parameter tree. `head(params)`: the output embedding, [vocab, hidden].
     """
 
@@ -85,3 +69,4 @@ class Model(NamedTuple):
     abstract: Callable[[Any], PyTree]
     head: Callable[[PyTree], Array]
     init_cache: Callable[[int, int, Any], Cache]
+    apart: Callable[..., PyTree]

@@ -1,0 +1,123 @@
+"""What a model says of each token of whole texts: the token's log-probability, and that number's mean and variance.
+
+Mean and variance are over the model's own next-token distribution p, as the membership attack min-k%++ standardises by
+them (2404.02936, section 4): mean = sum_v p_v log p_v, which is minus the entropy, and variance =
+sum_v p_v (log p_v - mean)^2.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PyTree
+
+from unlearnjax.evaluation.batches import batches, check_rows
+from unlearnjax.evaluation.nll import LOGITS_AT_ONCE
+from unlearnjax.models.precision import precision
+from unlearnjax.models.protocol import Model
+
+FEWEST = 16  # positions at a time and candidate, however large the vocabulary: fewer would read the head for too little
+
+
+class TokenStats(NamedTuple):
+    """One row under one candidate, in nats (float32): entry i is of token i + 1 given the i + 1 tokens before it."""
+
+    log_probability: Float[np.ndarray, " tokens_less_one"]
+    mean: Float[np.ndarray, " tokens_less_one"]
+    variance: Float[np.ndarray, " tokens_less_one"]
+
+
+def batch_stats(
+    model: Model,
+    params: PyTree[Array],
+    lora: PyTree[Array] | None,
+    tokens: Int[Array, "rows length"],
+    segments: Int[Array, "rows length"],
+    chunk: int,
+) -> Float[Array, "3 rows predicted"]:
+    """One candidate: log-probability, mean and variance at each position but the last, which predicts nothing.
+
+    Logits are float32 and of `chunk` positions at a time. (Of positions, not of the vocabulary: with a position's
+    whole distribution at hand the variance is a sum of squares, and not a difference that loses its digits.)
+    """
+    hidden = model.forward(params, lora, tokens, segments=segments).hidden[:, :-1]
+    flat, targets = hidden.reshape(-1, hidden.shape[-1]), tokens[:, 1:].reshape(-1)
+    head = model.head(params)
+    count = flat.shape[0]
+    chunk = min(chunk, count)
+    filler = -count % chunk
+
+    def some(part: tuple[Array, Array]) -> Array:
+        x, target = part
+        contract = (((1,), (1,)), ((), ()))
+        logits = jax.lax.dot_general(
+            x, head, contract, precision=precision(x.dtype), preferred_element_type=jnp.float32
+        )
+        log_p = jax.nn.log_softmax(logits, axis=1)
+        p = jnp.exp(log_p)
+        mean = jnp.sum(p * log_p, axis=1)
+        variance = jnp.sum(p * jnp.square(log_p - mean[:, None]), axis=1)
+        return jnp.stack([jnp.take_along_axis(log_p, target[:, None], axis=1)[:, 0], mean, variance])
+
+    parts = jnp.pad(flat, ((0, filler), (0, 0))).reshape(-1, chunk, flat.shape[1])
+    found = jax.lax.map(some, (parts, jnp.pad(targets, (0, filler)).reshape(-1, chunk)))
+    return jnp.moveaxis(found, 1, 0).reshape(3, -1)[:, :count].reshape(3, *hidden.shape[:2])
+
+
+@functools.lru_cache(maxsize=4)
+def program(model: Model) -> Callable[..., Array]:
+    """`batch_stats` mapped over candidates and jitted, once per model object."""
+
+    @functools.partial(jax.jit, static_argnames=("count",))
+    def run(params: PyTree, lora: PyTree, tokens: Array, segments: Array, *, count: int) -> Array:
+        chunk = max(FEWEST, LOGITS_AT_ONCE // (count * model.head(params).shape[0]))
+        one = functools.partial(batch_stats, model, chunk=chunk)
+        return jax.vmap(one, in_axes=(None, 0, None, None), axis_size=count)(params, lora, tokens, segments)
+
+    return run
+
+
+def token_stats_candidates(
+    model: Model,
+    params: PyTree[Array],
+    lora: PyTree[Array] | None,
+    rows: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    names: Sequence[str] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[list[TokenStats]]:
+    """`TokenStats` of each row under each of N candidates.
+
+    Args:
+      model: the decoder; reuse the object, the compiled program is kept by it.
+      params: base weights, shared by the candidates.
+      lora: adapters stacked to [N, layers, ...] with the scale folded into `b`; None is the base alone (N = 1).
+      rows: token ids, at least one each (a row of a single token has empty arrays).
+      batch_size: rows per batch, per candidate.
+      names: the rows' names, for error messages.
+      progress: called with the number of rows (times N) that have been finished since the last call.
+
+    Returns:
+      N lists of one TokenStats per row.
+
+    Raises:
+      UserError: a row without tokens, with an id outside the vocabulary, or longer than the context.
+    """
+    config = model.config
+    check_rows(rows, config.vocab_size, config.max_positions, 0, names)
+    count = 1 if lora is None else jax.tree.leaves(lora)[0].shape[0]
+    run = program(model)
+    found: list[dict[int, TokenStats]] = [{} for _ in range(count)]
+    # The pad id is never attended to, and what it is given is cut off.
+    for batch in batches(rows, batch_size, 0, left=False, widest=config.max_positions, per_octave=4):
+        stats = np.asarray(run(params, lora, batch.tokens, batch.segments, count=count))
+        for n in range(count):
+            for at, place in enumerate(batch.places):
+                found[n][place] = TokenStats(*stats[n, :, at, : len(rows[place]) - 1].copy())
+        if progress is not None:
+            progress(count * len(batch.places))
+    return [[one[i] for i in range(len(rows))] for one in found]
