@@ -84,7 +84,7 @@ def nothing_expensive(monkeypatch):
         raise AssertionError("computing began on bad input")
 
     for place in (
-        "recipes.run.train_candidates", "recipes.run.open_keeper", "recipes.evaluate.evaluate_candidates",
+        "recipes.run.train_candidates", "recipes.run.open_keeper", "recipes.evaluate.model_fingerprint",
         "recipes.demo.teach",
     ):  # fmt: skip
         monkeypatch.setattr(f"unlearnjax.{place}", never)
@@ -388,6 +388,27 @@ def test_bad_options_of_evaluate(job, capsys, more, words):
 
 def test_bad_dtype_of_run(job, capsys):
     fails(capsys, job.folder, job.command("run", "--dtype", "int8"), "'int8'", "float32")
+
+
+def test_bad_mmlu_of_run(job, capsys):
+    argv = job.command("run", "--mmlu-data", "nowhere/at/all")
+    fails(capsys, job.folder, argv, "nowhere/at/all", "no such folder")
+    fails(capsys, job.folder, [*argv, "--mmlu-shots", "-1"], "must not be negative")
+
+
+@pytest.mark.parametrize(
+    ("there", "more", "words"),
+    [
+        ("journal/x", [], ("an unfinished evaluation", "add --resume")),
+        ("x", ["--resume"], ("no unfinished evaluation", "new folder")),
+        ("scores.json", ["--resume"], ("has finished", "scores.json")),
+    ],
+    ids=["unfinished", "other files", "finished"],
+)
+def test_evaluate_takes_the_folder_of_its_own_evaluation(job, capsys, there, more, words):
+    (job.out / there).parent.mkdir(parents=True)
+    (job.out / there).write_text("x", "utf-8")
+    fails(capsys, job.folder, job.command("evaluate", "--max-new-tokens", "8", *more), job.out, *words)
 
 
 def test_demo_checks_the_recipe_against_its_model_first(job, capsys):

@@ -6,7 +6,7 @@ Makes a tiny model and a tiny `unlearnjax run` (three candidates, one of which d
 steps, dropout, a checkpoint whenever the one before is written), lets it end undisturbed twice, and then so many times:
 
 1. start it in a process of its own and kill that (SIGKILL) at a moment drawn uniformly from the time in which the
-   undisturbed run held its folder: before, in and after training, and while a checkpoint is being written;
+   undisturbed run held its folder: before, in and after training, in the evaluation, while a checkpoint is written;
 2. in about half of the cases damage the newest checkpoint: flip one bit of one of its files, or cut a file short;
 3. resume, and in about a third of the cases kill that too, at another random moment, before resuming again;
 4. compare the SHA-256 of every file of weights, and the curves and scores of the report, with the undisturbed run's.
@@ -189,9 +189,11 @@ def phase_of(out):
     """What a killed run was at, from what it left."""
     if (out / "report.json").exists():
         return "ended"
+    checkpoints = out / "checkpoints"
+    if (checkpoints / "evaluation").exists():
+        return "evaluating"
     if (out / "candidates").exists():
         return "after training"
-    checkpoints = out / "checkpoints"
     if list(checkpoints.glob(".step-*.part")):
         return "writing a checkpoint"
     return "training" if list(checkpoints.glob("step-*")) else "before the first checkpoint"

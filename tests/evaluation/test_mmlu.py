@@ -1,6 +1,8 @@
 """MMLU: the layout, the prompts, and scores against transformers' logits on a tiny random model."""
 
 import json
+import os
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +15,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from unlearnjax import load_model
 from unlearnjax.adapters.apply import add_delta
-from unlearnjax.adapters.lora import lora_weights
+from unlearnjax.adapters.lora import lora_weights, scaled
 from unlearnjax.cli.main import main
 from unlearnjax.data.bpe import train_tokenizer
 from unlearnjax.data.mmlu import Question, load_mmlu
-from unlearnjax.data.rows import Row, write_rows
+from unlearnjax.data.rows import Document, Row, write_documents, write_rows
 from unlearnjax.errors import UserError
 from unlearnjax.evaluation.intervals import wilson_interval
+from unlearnjax.evaluation.journal import Records
 from unlearnjax.evaluation.mmlu import LETTERS, mmlu, mmlu_candidates, mmlu_prompts, prompt_text
 from unlearnjax.evaluation.semeval import read_mmlu
+from unlearnjax.io.peft import load_adapter
 from unlearnjax.models.protocol import Variables
 
 SUBJECTS = {"us_history": 9, "abstract_algebra": 4}  # test questions of each
@@ -183,14 +187,105 @@ def test_bad_sources_are_named(data, tmp_path):
         load_mmlu(tmp_path)
 
 
-def test_the_command_line_measures_it(saved, data, tmp_path, capsys):
-    _, lm, folder = saved
+@pytest.fixture
+def common(saved, data, tmp_path):
+    """What the commands `run` and `evaluate` share, without --out."""
+    rows = [Row("d0sc1", "test 1 of", " us history", "Task1"), Row("d0qa0", "test 2 of", " algebra", "Task1")]
+    argv = ["--model", str(saved[2]), "--mmlu-data", str(data), "--mmlu-shots", "0"]
     for side in ("forget", "retain"):
-        rows = [Row("d0sc1", "test 1 of", " us history", "Task1"), Row("d0qa0", "test 2 of", " algebra", "Task1")]
         write_rows(tmp_path / f"{side}.jsonl", rows)
-    common = ["evaluate", "--model", str(folder), "--forget", str(tmp_path / "forget.jsonl")]
-    common += ["--retain", str(tmp_path / "retain.jsonl"), "--max-new-tokens", "4", "--batch-size", "16"]
-    argv = [*common, "--mmlu-data", str(data), "--mmlu-shots", "0", "--out", str(tmp_path / "out")]
+        argv += [f"--{side}", str(tmp_path / f"{side}.jsonl")]
+    return argv
+
+
+@pytest.fixture
+def stopping(monkeypatch):
+    """`stopping.at = n`: SIGTERM comes after the n-th batch of all is recorded; `stopping.added`: of what they were."""
+
+    class Stopping:
+        at, added = 0, []
+
+    whole = Records.add
+
+    def add(self, places, results):
+        whole(self, places, results)
+        Stopping.added.append(self.path.stem)
+        if len(Stopping.added) == Stopping.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Records, "add", add)
+    return Stopping
+
+
+RECIPE = """
+defaults: {epochs: 1, rank: 2, micro_batch: 2, accumulation: 1, dropout: 0.0, objective: npo, learning_rate: 1}
+candidates: [{name: one, schedule: constant, warmup_ratio: 0}]
+adapter: {targets: [o]}
+merges: [{method: linear, space: factors}]
+evaluation: {max_new_tokens: 4, batch_size: 8}
+"""
+
+
+def test_a_run_measures_it(saved, data, common, tmp_path, capsys, stopping):
+    """Of the base, the candidate and the merge; stopped in the middle of it, it is not measured again."""
+    _, lm, _ = saved
+    for side in ("members", "nonmembers"):
+        write_documents(tmp_path / f"{side}.jsonl", [Document(f"{side}{i}", f"test {i} of {side}") for i in range(2)])
+        common += [f"--{side}", str(tmp_path / f"{side}.jsonl")]
+    (tmp_path / "r.yml").write_text(RECIPE, "utf-8")
+    argv = ["run", "--quiet", *common, "--recipe", str(tmp_path / "r.yml"), "--out", str(tmp_path / "out")]
+    stopping.at = 2
+    assert main(argv) == 143
+    assert "in the evaluation, after 39 of 39 rows (MMLU)" in capsys.readouterr().err
+    stopping.at = 0
+    assert main([*argv, "--resume"]) == 0
+    assert stopping.added == ["mmlu"] * 2 + ["generations", "answers-likelihoods", "membership"]
+    report = json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))
+    assert report["data"]["mmlu"] == {"source": data.name, "questions": 13, "shots": 0}
+    prompts, losses = prompts_of(lm, data, 0), set()
+    for model in report["models"]:
+        written = json.loads((tmp_path / "out" / "generations" / model["name"] / "mmlu.json").read_text("utf-8"))
+        scores, stack = model["scores"], None
+        assert scores["mmlu"] == written["average_acc"]
+        terms = [scores[name] for name in ("task_aggregate", "mmlu", "membership_score")]
+        assert scores["aggregate"] == pytest.approx(np.mean(terms))
+        if model["kind"] != "base":
+            adapter = load_adapter(tmp_path / "out" / f"{model['kind']}s" / model["name"], lm.config)
+            stack = scaled(adapter.lora, adapter.alpha / adapter.rank)
+        expected = mmlu(lm.model, Variables(lm.params, stack), prompts).as_json()
+        assert written["subject_acc"] == expected["subject_acc"]
+        assert written["probability_on_letters"] == pytest.approx(expected["probability_on_letters"], rel=1e-4)
+        losses.add(written["probability_on_letters"])
+    assert [model["kind"] for model in report["models"]] == ["base", "candidate", "merge"] and len(losses) > 1
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_an_evaluation_is_stopped_and_goes_on(common, tmp_path, capsys, stopping):
+    argv = ["evaluate", "--quiet", *common, "--max-new-tokens", "4", "--batch-size", "16", "--out"]
+    assert main([*argv, str(tmp_path / "whole")]) == 0
+    expected, every = capsys.readouterr(), list(stopping.added)
+    assert every == ["mmlu", "generations", "answers-likelihoods"]
+    stopping.added.clear()
+    stopping.at = 2
+    assert main([*argv, str(tmp_path / "out")]) == 143
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "in the evaluation, after 4 of 4 rows (generations); go on with: unlearnjax evaluate" in line
+    assert line.endswith(" --resume") and not (tmp_path / "out" / "scores.json").exists()
+    stopping.at = 0
+    assert main([*argv, str(tmp_path / "out")]) == 2 and "add --resume" in capsys.readouterr().err
+    assert main([*argv, str(tmp_path / "out"), "--resume"]) == 0
+    assert capsys.readouterr() == expected and stopping.added == every
+    files = {
+        name: {str(p.relative_to(tmp_path / name)): p.read_bytes() for p in (tmp_path / name).rglob("*.*")}
+        for name in ("whole", "out")
+    }
+    assert files["whole"] == files["out"]
+    assert sorted(files["out"]) == ["forget_0.csv", "mmlu.json", "retain_0.csv", "scores.json"]
+
+
+def test_the_command_line_measures_it(saved, data, common, tmp_path, capsys):
+    _, lm, _ = saved
+    argv = ["evaluate", *common, "--max-new-tokens", "4", "--batch-size", "16", "--out", str(tmp_path / "out")]
     assert main(argv) == 0
     out, err = capsys.readouterr()
     assert "MMLU" in err

@@ -9,7 +9,9 @@ import pytest
 
 from unlearnjax.data.rows import Document, Row
 from unlearnjax.errors import UserError
+from unlearnjax.evaluation import generate, nll
 from unlearnjax.evaluation.csvs import read_folder
+from unlearnjax.evaluation.journal import Journal, recorded
 from unlearnjax.evaluation.nll import token_nll, token_nll_candidates
 from unlearnjax.evaluation.protocol import evaluate, evaluate_candidates
 from unlearnjax.evaluation.semeval import score_folder
@@ -183,10 +185,12 @@ def test_a_broken_candidate_spoils_only_itself(tiny):
     told = []
     data = (ours.tokenizer, FORGET, RETAIN, MEMBERS, NONMEMBERS)
     whole = evaluate_candidates(ours.model, ours.params, lora, *data, **SETTINGS)
-    partly = evaluate_candidates(ours.model, ours.params, broken, *data, warn=told.append, **SETTINGS)
+    partly = evaluate_candidates(
+        ours.model, ours.params, broken, *data, warn=lambda n, message: told.append((n, message)), **SETTINGS
+    )
     assert partly[0]["membership_score"] is None and partly[0]["nll"] == {"forget": None, "retain": None}
     assert partly[1] == whole[1]
-    assert any(t.startswith("candidate 1: the model's losses are not finite") for t in told)
+    assert [n for n, message in told if message.startswith("the model's losses are not finite")] == [0]
 
 
 @pytest.mark.parametrize(
@@ -209,3 +213,62 @@ def test_errors_come_before_any_generation(tiny, change, message):
             ours.model, ours.params, None, ours.tokenizer, **(given | SETTINGS | change),
             progress=lambda *stage: pytest.fail("work was done"),
         )  # fmt: skip
+
+
+class Killed(Exception):
+    pass
+
+
+def test_killed_after_any_batch_it_goes_on(tiny, tmp_path, monkeypatch):
+    """The same CSVs and scores, bit for bit, and no batch is computed twice."""
+    ours, _ = tiny
+    computed, said = [], []
+
+    def counted(records, batch, run):
+        def one(batch):
+            computed.append((run.__name__, tuple(batch.places)))
+            return run(batch)
+
+        return recorded(records, batch, one)
+
+    for module in (generate, nll):
+        monkeypatch.setattr(module, "recorded", counted)
+
+    def start(name, kill_after=None, weights="mine"):
+        """Stops when so many batches have reported; returns the scores and what was computed."""
+        left = kill_after
+        computed.clear()
+
+        def progress(what, done, total):
+            nonlocal left
+            left = None if left is None else left - 1
+            if left == 0:
+                raise Killed
+
+        scores = evaluate_candidates(
+            ours.model, ours.params, random_lora(ours.model, 2), ours.tokenizer, FORGET, RETAIN, MEMBERS, NONMEMBERS,
+            out_folders=[tmp_path / name / "a", tmp_path / name / "b"], progress=progress, batch_size=2,
+            max_new_tokens=12, journal=Journal(tmp_path / "journal", {"base weights": weights}, said.append),
+        )  # fmt: skip
+        return scores, list(computed)
+
+    def files(name):
+        return {str(p.relative_to(tmp_path / name)): p.read_bytes() for p in (tmp_path / name).rglob("*.csv")}
+
+    scores, whole = start("whole")
+    assert len(whole) == 3 + 3 + 3
+    Journal(tmp_path / "journal", {}, said.append).remove()
+    done = []
+    for kill_after in (2, 5, 7):  # the second and third time with what was finished before
+        with pytest.raises(Killed):
+            start("killed", kill_after)
+        done += computed
+        assert len(done) == kill_after
+    assert not (tmp_path / "killed").exists()
+    again, rest = start("killed")
+    assert [*done, *rest] == whole and len(rest) == 2
+    assert again == scores and len(files("whole")) == 8 and files("killed") == files("whole")
+    # With all of it there, nothing is computed; another model takes nothing of it.
+    assert start("third") == (scores, []) and files("third") == files("whole") and said == []
+    assert start("other", weights="another's")[1] == whole
+    assert len(said) == 3 and all("is of another evaluation (not the same: base weights)" in line for line in said)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from unlearnjax.cli.main import main
+from unlearnjax.evaluation.journal import Records
 from unlearnjax.io import peft
 from unlearnjax.io.peft import load_adapter
 from unlearnjax.recipes import run as module
@@ -214,6 +215,38 @@ def test_stopped_after_training(start, world, monkeypatch, capsys, undisturbed):
     monkeypatch.setattr(module, "stores_for", None)
     steps = stopping(monkeypatch, 0, stop)
     assert start("--resume")[0] == 0 and steps == []
+    assert made(out) == undisturbed
+
+
+@pytest.mark.parametrize(("signum", "number"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_during_evaluation(start, monkeypatch, capsys, undisturbed, signum, number):
+    """It ends after the batch under way; resumed, it evaluates the rest: of the stack two batches, of the merge two."""
+    whole, added = Records.add, []
+
+    def add(self, places, results):
+        whole(self, places, results)
+        added.append(str(self.path.relative_to(self.path.parents[2])))
+        if len(added) == at:
+            kill(signum)
+
+    monkeypatch.setattr(Records, "add", add)
+    at = 3
+    status, out = start()
+    assert status == number
+    line = capsys.readouterr().err.splitlines()[-1]
+    name = " by SIGTERM" if signum == signal.SIGTERM else ""
+    where = "in the evaluation, after 16 of 16 rows (generations)"
+    assert line.startswith(f"unlearnjax: interrupted{name} {where}; go on with: unlearnjax run ")
+    assert line.endswith(" --resume")
+    assert not (out / "report.json").exists() and (out / "generations" / "one" / "forget_0.csv").exists()
+    at = 0
+    monkeypatch.setattr(module, "stores_for", None)
+    assert start("--resume")[0] == 0 and capsys.readouterr().err == ""
+    assert added == [
+        f"evaluation/{part}/{what}.jsonl"
+        for part in ("base", "linear-delta")
+        for what in ("generations", "answers-likelihoods")
+    ]
     assert made(out) == undisturbed
 
 

@@ -64,8 +64,9 @@ def run(a: argparse.Namespace) -> None:
 
     recipe = load_recipe(a.recipe)
     report = run(
-        a.model, _sources(a), a.out, recipe, dtype=a.dtype, command=a.command_line, progress=not a.quiet,
-        resume=a.resume, checkpoint_every=a.checkpoint_every, stop=a.stop, say=say,
+        a.model, _sources(a), a.out, recipe, mmlu_data=a.mmlu_data, mmlu_shots=a.mmlu_shots, dtype=a.dtype,
+        command=a.command_line, progress=not a.quiet, resume=a.resume, checkpoint_every=a.checkpoint_every,
+        stop=a.stop, say=say,
     )  # fmt: skip
     _show(report, Path(a.out))
 
@@ -92,7 +93,7 @@ def evaluate(a: argparse.Namespace) -> None:
     scores = evaluate(
         a.model, _sources(a), a.out, adapter=a.adapter, mmlu_file=a.mmlu, mmlu_data=a.mmlu_data,
         mmlu_shots=a.mmlu_shots, dtype=a.dtype, max_new_tokens=a.max_new_tokens, batch_size=a.batch_size,
-        progress=not a.quiet, warn=_warn,
+        progress=not a.quiet, warn=_warn, resume=a.resume, stop=a.stop, say=say,
     )  # fmt: skip
     print(json.dumps(scores, indent=1))
 

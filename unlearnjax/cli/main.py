@@ -51,8 +51,17 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument("--probe", metavar="P", help="general-knowledge questions (columns input, output)")
         p.add_argument("--dtype", default="float32", help="of the base weights: float32, bfloat16 or float16")
 
-    def going_on(p: argparse.ArgumentParser) -> None:
-        p.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out, if there is one")
+    def mmlu(p: argparse.ArgumentParser) -> None:
+        text = "measure MMLU: a folder of the hub's layout, or cais/mmlu itself"
+        p.add_argument("--mmlu-data", metavar="M", help=text)
+        p.add_argument("--mmlu-shots", type=int, default=5, help="solved questions before each (default: 5)")
+
+    def going_on(p: argparse.ArgumentParser, work: str = "run") -> None:
+        text = f"go on with the unfinished {work} in --out, if there is one"
+        p.add_argument("--resume", action="store_true", help=text)
+
+    def checkpoints(p: argparse.ArgumentParser) -> None:
+        going_on(p)
         p.add_argument(
             "--checkpoint-every", type=float, default=120.0, metavar="SECONDS",
             help="of training, after which it is saved so that --resume goes on from there (default: 120)",
@@ -61,26 +70,27 @@ def parser() -> argparse.ArgumentParser:
     p = add("run", commands.run, "Unlearn: train candidates, merge, evaluate, export.")
     p.add_argument("--model", required=True, help="a model folder or hub id")
     data(p)
+    mmlu(p)
     p.add_argument("--out", required=True, help="a new or empty folder for everything that is made")
     p.add_argument("--recipe", default="default", help="a recipe's name, or a YAML file (default: default)")
-    going_on(p)
+    checkpoints(p)
 
     p = add("demo", commands.demo, "The same job on a small model and a corpus made on the spot; nothing to download.")
     p.add_argument("--out", default="demo-out", help="a new or empty folder (default: demo-out)")
     p.add_argument("--recipe", default="demo", help="a recipe's name, or a YAML file (default: demo)")
     p.add_argument("--seed", type=int, default=0, help="of the corpus and the model (default: 0)")
-    going_on(p)
+    checkpoints(p)
 
     p = add("evaluate", commands.evaluate, "Score a model folder by the official SemEval-2025 Task 4 protocol.")
     p.add_argument("--model", required=True, help="a model folder or hub id")
     data(p)
     p.add_argument("--adapter", metavar="FOLDER", help="a PEFT adapter to put on the model")
     p.add_argument("--mmlu", metavar="FILE", help="a metrics.json with average_acc, as the official script reads it")
-    p.add_argument("--mmlu-data", metavar="M", help="measure MMLU: a folder of the hub's layout, or cais/mmlu itself")
-    p.add_argument("--mmlu-shots", type=int, default=5, help="solved questions before each (default: 5)")
+    mmlu(p)
     p.add_argument("--out", required=True, help="a new or empty folder for generations and scores.json")
     p.add_argument("--max-new-tokens", type=int, default=256, help="default: 256, the official value")
     p.add_argument("--batch-size", type=int, default=32, help="rows generated at once (default: 32)")
+    going_on(p, "evaluation")
 
     p = add("score", commands.score, "The official scores of a folder of generation CSVs with the official columns.")
     p.add_argument("folder", help="holds forget_*.csv and retain_*.csv, and mia_results/ if membership is to be scored")
@@ -91,7 +101,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM.
 
-    Either signal stops training in order: with a checkpoint. A second one ends the process at once.
+    Either signal stops training and evaluation in order: with what was done saved. A second one ends the process at
+    once.
     """
     # The tokenizers warn at every fork otherwise, and transformers of long rows; a user's own setting wins.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

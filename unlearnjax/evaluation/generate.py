@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from unlearnjax.errors import UserError
 from unlearnjax.evaluation.batches import Batch, batches, check_rows, power_of_two
+from unlearnjax.evaluation.journal import Records, recorded
 from unlearnjax.models.cache import Cache
 from unlearnjax.models.precision import precision
 from unlearnjax.models.protocol import Model, Variables
@@ -274,6 +275,7 @@ def generate_candidates(
     sampling: Sampling | None = None,
     names: Sequence[str] | None = None,
     progress: Callable[[int], None] | None = None,
+    records: Records | None = None,
 ) -> list[list[list[int]]]:
     """Continuations of each prompt by each of N candidates, all candidates in one program.
 
@@ -291,6 +293,7 @@ def generate_candidates(
       sampling: draw tokens; default greedy.
       names: the rows' names, for error messages.
       progress: called with the number of continuations that have been finished since the last call.
+      records: finished batches of the same work, which are not computed again; gets each further one.
 
     Returns:
       [N][rows] lists of new ids, without the end token: a list of max_new_tokens ids is a row that did not end.
@@ -314,13 +317,18 @@ def generate_candidates(
             raise UserError(f"temperature must be above 0, not {sampling.temperature}; without sampling it is greedy")
         noise = Noise(jax.random.key(sampling.seed), jnp.float32(sampling.temperature))
     results: list[list[list[int]]] = [[[] for _ in prompts] for _ in range(count)]
-    for batch in batches(prompts, batch_size, pad_token_id, left=True, widest=config.max_positions, per_octave=2):
+
+    def continuations(batch: Batch) -> list[list[list[int]]]:
         produced = _generate_batch(run, params, lora, count, batch, eos, max_new_tokens, noise)
         ends = np.isin(produced, eos)
         lengths = np.where(ends.any(axis=-1), ends.argmax(axis=-1), max_new_tokens)
-        for n in range(count):
-            for at, row in enumerate(batch.places):
-                results[n][row] = produced[n, at, : lengths[n, at]].tolist()
+        rows = range(len(batch.places))
+        return [[produced[n, at, : lengths[n, at]].tolist() for at in rows] for n in range(count)]
+
+    for batch in batches(prompts, batch_size, pad_token_id, left=True, widest=config.max_positions, per_octave=2):
+        for n, found in enumerate(recorded(records, batch, continuations)):
+            for row, ids in zip(batch.places, found, strict=True):
+                results[n][row] = ids
         if progress is not None:
             progress(count * len(batch.places))
     return results

@@ -22,9 +22,10 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from unlearnjax.data.mmlu import Mmlu, Question
 from unlearnjax.errors import UserError
-from unlearnjax.evaluation.batches import batches, check_rows
+from unlearnjax.evaluation.batches import Batch, batches, check_rows
 from unlearnjax.evaluation.generate import stack_of_one
 from unlearnjax.evaluation.intervals import wilson_interval
+from unlearnjax.evaluation.journal import Journal, digest, recorded
 from unlearnjax.models.layers import precision
 from unlearnjax.models.protocol import Model, Variables
 
@@ -171,6 +172,7 @@ def mmlu_candidates(
     *,
     batch_size: int = 16,
     progress: Callable[[int], None] | None = None,
+    journal: Journal | None = None,
 ) -> list[MmluScores]:
     """The MMLU scores of N candidates of one model at once; one program per length bucket.
 
@@ -181,15 +183,24 @@ def mmlu_candidates(
       prompts: `mmlu_prompts`.
       batch_size: questions at once, per candidate.
       progress: called with the number of questions (times N) that have been finished since the last call.
+      journal: keeps finished batches; those in it are not computed again.
     """
     count = 1 if lora is None else jax.tree.leaves(lora)[0].shape[0]
     run = program(model)
     letters = np.array(prompts.letters, np.int32)
     found = np.zeros((count, len(prompts.ids), len(LETTERS)), np.float32)
+    records = None
+    if journal is not None:
+        work = {"config": repr(model.config), "tokens": digest(prompts.ids), "letters": prompts.letters}
+        records = journal.records("MMLU", **work, batch_size=batch_size)
+
+    def scores(batch: Batch) -> list[list[list[float]]]:
+        made = run(params, lora, batch.tokens, batch.segments, batch.lengths, letters, count=count)
+        return np.asarray(made)[:, : len(batch.places)].tolist()
+
     # The pad id is never attended to.
     for batch in batches(prompts.ids, batch_size, 0, left=False, widest=model.config.max_positions, per_octave=4):
-        scores = run(params, lora, batch.tokens, batch.segments, batch.lengths, letters, count=count)
-        found[:, batch.places] = np.asarray(scores)[:, : len(batch.places)]
+        found[:, batch.places] = recorded(records, batch, scores)
         if progress is not None:
             progress(count * len(batch.places))
     return [_scores(one, prompts) for one in found]

@@ -11,8 +11,9 @@ from jaxtyping import Array, Float, Int, PyTree
 from unlearnjax_kernels.vocab_logsumexp import vocab_logsumexp
 
 from unlearnjax.errors import UserError
-from unlearnjax.evaluation.batches import batches, check_rows, name_of
+from unlearnjax.evaluation.batches import Batch, batches, check_rows, name_of
 from unlearnjax.evaluation.generate import stack_of_one
+from unlearnjax.evaluation.journal import Records, recorded
 from unlearnjax.models.precision import precision
 from unlearnjax.models.protocol import Model, Variables
 
@@ -77,6 +78,7 @@ def token_nll_candidates(
     batch_size: int,
     names: Sequence[str] | None = None,
     progress: Callable[[int], None] | None = None,
+    records: Records | None = None,
 ) -> TokenNLL:
     """Summed next-token NLL of each row under each of N candidates.
 
@@ -90,6 +92,7 @@ def token_nll_candidates(
       batch_size: rows per batch, per candidate.
       names: the rows' names, for error messages.
       progress: called with the number of rows (times N) that have been finished since the last call.
+      records: finished batches of the same work, which are not computed again; gets each further one.
 
     Returns:
       TokenNLL of [N, rows] arrays.
@@ -109,13 +112,17 @@ def token_nll_candidates(
     count = 1 if lora is None else jax.tree.leaves(lora)[0].shape[0]
     run = program(model)
     total = np.zeros((count, len(rows)), np.float32)
-    # The pad id is never attended to and never counted.
-    for batch in batches(rows, batch_size, 0, left=False, widest=config.max_positions, per_octave=4):
+
+    def totals(batch: Batch) -> list[list[float]]:
         counted = np.zeros(batch.tokens.shape, np.float32)
         for at, row in enumerate(batch.places):
             counted[at, starts[row] : len(rows[row])] = 1.0
         found = run(params, lora, batch.tokens, batch.segments, counted, count=count)
-        total[:, batch.places] = np.asarray(found)[:, : len(batch.places)]
+        return np.asarray(found)[:, : len(batch.places)].tolist()
+
+    # The pad id is never attended to and never counted.
+    for batch in batches(rows, batch_size, 0, left=False, widest=config.max_positions, per_octave=4):
+        total[:, batch.places] = recorded(records, batch, totals)
         if progress is not None:
             progress(count * len(batch.places))
     number = np.array([max(len(row) - start, 0) for row, start in zip(rows, starts)], np.int64)

@@ -22,6 +22,7 @@ from unlearnjax.errors import UserError
 from unlearnjax.evaluation.batches import check_rows
 from unlearnjax.evaluation.csvs import Loss, Scored, write_generations, write_losses
 from unlearnjax.evaluation.generate import generate_candidates, stack_of_one
+from unlearnjax.evaluation.journal import Journal, Records, digest
 from unlearnjax.evaluation.membership import membership
 from unlearnjax.evaluation.nll import token_nll_candidates
 from unlearnjax.evaluation.probe import probe as score_probe
@@ -31,6 +32,7 @@ from unlearnjax.models.protocol import Model, Variables
 PROBE_ROOM = 8  # new tokens for the probe beyond its longest answer; a generation that needs more cannot match
 
 Progress = Callable[[str, int, int], None]
+Warn = Callable[[int, str], None]
 
 
 class HasModel(Protocol):
@@ -158,8 +160,15 @@ def _run(
     batch_size: int,
     eos: Sequence[int],
     progress: Progress | None,
+    journal: Journal | None,
 ) -> list[_Outputs]:
     pad = model.config.pad_token_id
+
+    def records(work: _Work, **more: Any) -> Records | None:
+        if journal is None:
+            return None
+        tokens = digest([work.ids, work.starts])
+        return journal.records(work.what, config=repr(model.config), tokens=tokens, batch_size=batch_size, **more)
 
     def generations(work: _Work) -> list[list[str]]:
         if not work.ids:
@@ -175,6 +184,7 @@ def _run(
             batch_size=batch_size,
             names=work.names,
             progress=_stage(progress, work.what, count * len(work.ids)),
+            records=records(work, max_new_tokens=work.limit, eos_token_ids=sorted(set(map(int, eos)))),
         )
         return [_decode(tokenizer, ids) for ids in found]
 
@@ -188,6 +198,7 @@ def _run(
             batch_size=batch_size,
             names=work.names,
             progress=_stage(progress, work.what, count * len(work.ids)),
+            records=records(work) if work.ids else None,
         )
         return found.mean.tolist()
 
@@ -237,7 +248,8 @@ def evaluate_candidates(
     eos_token_ids: Sequence[int] | None = None,
     out_folders: Sequence[str | Path] | None = None,
     progress: Progress | None = None,
-    warn: Callable[[str], None] | None = None,
+    warn: Warn | None = None,
+    journal: Journal | None = None,
 ) -> list[Scores]:
     """Evaluate N candidates of one model at once; a merged adapter is one candidate more.
 
@@ -254,7 +266,9 @@ def evaluate_candidates(
       eos_token_ids: end tokens; default the model's, else the tokenizer's.
       out_folders: N folders for the generations' and losses' CSV files.
       progress: called as (what, rows done, rows in all), counting each candidate's rows.
-      warn: receives each warning as one line, candidates by number from 1 if there are several.
+      warn: receives each warning as the candidate's number from 0 and one line; default: Python warnings.
+      journal: keeps finished batches; those in it are not computed again. Its fingerprint must tell these weights from
+        all others (the rows, settings and the model's configuration are added to it).
 
     Returns:
       N score dicts (see `unlearnjax.evaluation.semeval.score`), in the candidates' order.
@@ -273,17 +287,17 @@ def evaluate_candidates(
     eos = model.config.eos_token_ids if eos_token_ids is None else eos_token_ids
     if not eos and eos_token_ids is None and getattr(tokenizer, "eos_token_id", None) is not None:
         eos = (tokenizer.eos_token_id,)
-    tell = warn or (lambda message: warnings.warn(message, stacklevel=2))
+
+    def tell(n: int, message: str) -> None:
+        warnings.warn(message if count == 1 else f"candidate {n + 1}: {message}", stacklevel=2)
+
+    outputs = _run(model, params, lora, tokenizer, plan, count, batch_size, eos, progress, journal)
     scores = []
-    for n, outputs in enumerate(_run(model, params, lora, tokenizer, plan, count, batch_size, eos, progress)):
-        named = tell if count == 1 else functools.partial(_tell_of, tell, n)
+    for n, made in enumerate(outputs):
         folder = None if out_folders is None else Path(out_folders[n])
-        scores.append(_score(data, outputs, None if mmlu is None else mmlu[n], folder, named))
+        told = functools.partial(warn or tell, n)
+        scores.append(_score(data, made, None if mmlu is None else mmlu[n], folder, told))
     return scores
-
-
-def _tell_of(warn: Callable[[str], None], candidate: int, message: str) -> None:
-    warn(f"candidate {candidate + 1}: {message}")
 
 
 def evaluate(
@@ -308,6 +322,7 @@ def evaluate(
     Args:
       subject: what `load_model` returns, or a model with its variables (base weights and one adapter).
       tokenizer: None takes the language model's own.
+      warn: receives each warning as one line.
     """
     if isinstance(subject, tuple):
         model, variables = subject
@@ -332,5 +347,5 @@ def evaluate(
         eos_token_ids=eos_token_ids,
         out_folders=None if out_folder is None else [out_folder],
         progress=progress,
-        warn=warn,
+        warn=None if warn is None else lambda _, message: warn(message),
     )[0]

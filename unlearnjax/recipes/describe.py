@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from unlearnjax.data.rows import fingerprint
+from unlearnjax.evaluation.mmlu import Prompts
 from unlearnjax.io.card import model_card
 from unlearnjax.recipes.prepare import Data, Sources
 from unlearnjax.recipes.schema import Candidate
@@ -36,11 +37,19 @@ def describe_data(sources: Sources, data: Data) -> dict[str, Any]:
     for name in Data._fields:
         items = getattr(data, name)
         if items is not None:
-            source = getattr(sources, name)
-            # A path tells a reader of the report nothing beyond the file's name, and may be private.
-            label = Path(source).name if Path(source).expanduser().exists() else source
+            label = _label(getattr(sources, name))
             out[name] = {"source": label, "rows": len(items), "sha256": fingerprint(items)}
     return out
+
+
+def describe_mmlu(source: str, prompts: Prompts) -> dict[str, Any]:
+    """Where MMLU's questions came from, their number, and how many solved ones stood before each."""
+    return {"source": _label(source), "questions": len(prompts.ids), "shots": prompts.shots}
+
+
+def _label(source: str) -> str:
+    # A path tells a reader of the report nothing beyond the file's name, and may be private.
+    return Path(source).name if Path(source).expanduser().exists() else source
 
 
 def describe_training(result: Result) -> dict[str, Any]:

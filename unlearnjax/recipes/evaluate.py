@@ -1,22 +1,27 @@
 """The official protocol on a model folder, with or without a PEFT adapter; MMLU with it where its data is given."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from unlearnjax.adapters.lora import scaled
-from unlearnjax.data.mmlu import load_mmlu
 from unlearnjax.errors import UserError
 from unlearnjax.evaluation.generate import stack_of_one
-from unlearnjax.evaluation.mmlu import SHOTS, Prompts, mmlu_candidates, mmlu_prompts
+from unlearnjax.evaluation.journal import Journal
+from unlearnjax.evaluation.mmlu import SHOTS, MmluScores
 from unlearnjax.evaluation.protocol import evaluate_candidates
 from unlearnjax.evaluation.semeval import read_mmlu
-from unlearnjax.io.atomic import require_free, staged_file
+from unlearnjax.io.atomic import remove_left_overs, staged_file
 from unlearnjax.io.huggingface import check_dtype, load_params, resolve
 from unlearnjax.io.peft import load_adapter
-from unlearnjax.recipes.prepare import Sources, check_evaluation, load_data, without_weights
-from unlearnjax.recipes.progress import bars, stage
+from unlearnjax.recipes.evaluate_step import measure_mmlu, write_mmlu
+from unlearnjax.recipes.prepare import Sources, check_evaluation, load_data, load_prompts, without_weights
+from unlearnjax.recipes.progress import bars, say_by_warning
+from unlearnjax.recipes.resume import SCORING, claim, model_fingerprint, weights_sha256
+from unlearnjax.training.interrupt import Stop
+from unlearnjax.training.keeper import lock_folder
 
 
 def evaluate(
@@ -33,15 +38,26 @@ def evaluate(
     batch_size: int = 32,
     progress: bool = True,
     warn: Callable[[str], None] | None = None,
+    resume: bool = False,
+    stop: Stop | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Generate, attack and score; writes the official CSVs and scores.json under `out`, and returns the scores.
 
     MMLU is read from `mmlu_file`, or measured on `mmlu_data` (see `load_mmlu`), whose result goes into mmlu.json too.
 
+    Args:
+      out: a new or empty folder; scores.json comes last, and while the evaluation is going on its journal is there.
+      resume: go on with the unfinished evaluation in `out`, if there is one: batches that it finished are not computed
+        again, where model, data and settings are the same.
+      stop: looked at after each batch.
+      say: receives lines about a journal that could not be used or written; default: Python warnings.
+
     Raises:
       UserError: any bad input, before anything is computed or written.
+      Interrupted: `stop` asked for it; the evaluation can be resumed.
     """
-    out = require_free(out)
+    out = claim(out, resume, SCORING)
     if mmlu_file is not None and mmlu_data is not None:
         raise UserError("MMLU is either measured (--mmlu-data) or read from a file (--mmlu); give one of them")
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
@@ -53,30 +69,34 @@ def evaluate(
     folder = resolve(model)
     lm = without_weights(folder, model)
     check_evaluation(lm, data, sources, max_new_tokens)
-    prompts: Prompts | None = None
-    if mmlu_data is not None:
-        prompts = mmlu_prompts(
-            load_mmlu(mmlu_data, mmlu_shots), lm.require_tokenizer(), vocab_size=lm.config.vocab_size,
-            max_positions=lm.config.max_positions, shots=mmlu_shots,
-        )  # fmt: skip
+    prompts = None if mmlu_data is None else load_prompts(lm, mmlu_data, mmlu_shots)
     stack = None
     if adapter is not None:
         loaded = load_adapter(adapter, lm.config)
         stack = stack_of_one(scaled(loaded.lora, loaded.alpha / loaded.rank))
     params = load_params(folder, lm.config, dtype)
-    measured = None
-    with bars(progress, "evaluating") as bar:
-        if prompts is not None:
-            advance = stage(bar, "MMLU", len(prompts.ids))
-            (measured,) = mmlu_candidates(lm.model, params, stack, prompts, batch_size=batch_size, progress=advance)
-            mmlu = [measured.average.accuracy]
-        (scores,) = evaluate_candidates(
-            lm.model, params, stack, lm.require_tokenizer(), *data, mmlu=mmlu, max_new_tokens=max_new_tokens,
-            batch_size=batch_size, out_folders=[out], progress=bar, warn=warn,
-        )  # fmt: skip
-    if measured is not None:
-        with staged_file(out / "mmlu.json") as path:
-            path.write_text(json.dumps(measured.as_json(), indent=1), encoding="utf-8")
-    with staged_file(out / "scores.json") as path:
-        path.write_text(json.dumps(scores, indent=1), encoding="utf-8")
+    known = {**model_fingerprint(params), "adapter": weights_sha256(stack)}
+    journal = Journal(out / SCORING.meanwhile, known, say or say_by_warning)
+    journal.folder.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(journal.folder)
+    try:
+        remove_left_overs(out)
+        measured: list[MmluScores] = []
+        with bars(progress, "evaluating", stop) as bar:
+            if prompts is not None:
+                measured = measure_mmlu(lm, params, stack, prompts, batch_size, bar, journal)
+                mmlu = [measured[0].average.accuracy]
+            (scores,) = evaluate_candidates(
+                lm.model, params, stack, lm.require_tokenizer(), *data, mmlu=mmlu, max_new_tokens=max_new_tokens,
+                batch_size=batch_size, out_folders=[out], progress=bar, journal=journal,
+                warn=None if warn is None else lambda _, message: warn(message),
+            )  # fmt: skip
+            for one in measured:
+                write_mmlu(out, one)
+        with staged_file(out / SCORING.last) as path:
+            path.write_text(json.dumps(scores, indent=1), encoding="utf-8")
+        journal.remove()
+    finally:
+        if lock >= 0:
+            os.close(lock)
     return dict(scores)

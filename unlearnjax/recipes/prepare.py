@@ -6,11 +6,13 @@ from typing import NamedTuple
 
 from unlearnjax.adapters.lora import resolve_targets
 from unlearnjax.data.idk import ANSWERS, idk_rows, load_answers
+from unlearnjax.data.mmlu import load_mmlu
 from unlearnjax.data.rows import Document, Row, load_documents, load_rows
 from unlearnjax.data.schedule import Pace, Schedule, plan
 from unlearnjax.data.tokens import Tokens, tokenize
 from unlearnjax.errors import UserError
 from unlearnjax.evaluation.batches import check_rows
+from unlearnjax.evaluation.mmlu import Prompts, mmlu_prompts
 from unlearnjax.evaluation.protocol import PROBE_ROOM
 from unlearnjax.io.huggingface import load_config, load_tokenizer
 from unlearnjax.models.decoder import build
@@ -74,6 +76,18 @@ def without_weights(folder: Path, source: str) -> LanguageModel:
     """
     config = load_config(folder)
     return LanguageModel(None, config, load_tokenizer(folder), build(config), source)
+
+
+def load_prompts(model: LanguageModel, mmlu_data: str, shots: int) -> Prompts:
+    """MMLU's questions in the model's tokens; its weights are not needed.
+
+    Raises:
+      UserError: see `load_mmlu` and `mmlu_prompts`.
+    """
+    return mmlu_prompts(
+        load_mmlu(mmlu_data, shots), model.require_tokenizer(), vocab_size=model.config.vocab_size,
+        max_positions=model.config.max_positions, shots=shots,
+    )  # fmt: skip
 
 
 def check_evaluation(model: LanguageModel, data: Data, sources: Sources, max_new_tokens: int) -> None:

@@ -1,4 +1,4 @@
-"""Going on with a run that was killed: which folder may be gone on with, and what must be the same for it."""
+"""Going on with work that was killed: which folder may be gone on with, and what must be the same for it."""
 
 import hashlib
 import os
@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,13 +23,26 @@ from unlearnjax.report.schema import FILE as REPORT
 from unlearnjax.training.checkpoint import leaf_names
 
 CHECKPOINTS = "checkpoints"
+EVALUATION = "evaluation"  # in the folder of checkpoints: the journals of what has been evaluated
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_threefry_partitionable")
 
 
-def is_unfinished(out: Path) -> bool:
-    """Whether `out` holds a run that was begun and did not end."""
-    return (out / CHECKPOINTS).is_dir() and not (out / REPORT).exists()
+class Kind(NamedTuple):
+    """What is made in a folder: what it is called, what is there only until it ends, and the file that comes last."""
+
+    name: str
+    meanwhile: str
+    last: str
+
+
+RUN = Kind("run", CHECKPOINTS, REPORT)
+SCORING = Kind("evaluation", "journal", "scores.json")
+
+
+def is_unfinished(out: Path, kind: Kind = RUN) -> bool:
+    """Whether `out` holds work that was begun and did not end."""
+    return (out / kind.meanwhile).is_dir() and not (out / kind.last).exists()
 
 
 def check_interval(seconds: float) -> None:
@@ -38,8 +51,8 @@ def check_interval(seconds: float) -> None:
         raise UserError(f"checkpoint_every must be 0 seconds or more, not {seconds}")
 
 
-def claim(out: str | Path, resume: bool) -> Path:
-    """Check that a run may write to `out`, without writing anything yet.
+def claim(out: str | Path, resume: bool, kind: Kind = RUN) -> Path:
+    """Check that a run, or another kind of work, may write to `out`, without writing anything yet.
 
     Returns:
       The path with symbolic links resolved.
@@ -52,14 +65,15 @@ def claim(out: str | Path, resume: bool) -> Path:
     if not target.is_dir() or not any(target.iterdir()):
         return require_free(out)
     if not resume:
-        if is_unfinished(target):
-            raise UserError(f"{out}: holds an unfinished run; add --resume to go on with it, or give a new folder")
+        if is_unfinished(target, kind):
+            hint = "add --resume to go on with it, or give a new folder"
+            raise UserError(f"{out}: holds an unfinished {kind.name}; {hint}")
         return require_free(out)
-    if (target / REPORT).exists():
-        shutil.rmtree(target / CHECKPOINTS, ignore_errors=True)  # there if it was killed in its last moment
-        raise UserError(f"{out}: this run has finished, nothing is left to resume; its report is {Path(out) / REPORT}")
-    if not is_unfinished(target):
-        raise UserError(f"{out}: is not empty and holds no unfinished run to resume; give a new folder")
+    if (target / kind.last).exists():
+        shutil.rmtree(target / kind.meanwhile, ignore_errors=True)  # there if it was killed in its last moment
+        raise UserError(f"{out}: this {kind.name} has finished, nothing is left to resume; see {Path(out) / kind.last}")
+    if not is_unfinished(target, kind):
+        raise UserError(f"{out}: is not empty and holds no unfinished {kind.name} to resume; give a new folder")
     if not os.access(target, os.W_OK | os.X_OK):
         raise UserError(f"{out}: no permission to write there")
     return target
@@ -72,15 +86,28 @@ def clear(out: Path) -> None:
         shutil.rmtree(out / name, ignore_errors=True)
 
 
-def run_fingerprint(recipe: Mapping[str, Any], data: Data, prepared: Prepared, params: PyTree) -> dict[str, Any]:
-    """Everything that a run's weights depend on, bit for bit, as plain data; arrays are given by their SHA-256."""
-    device = jax.devices()[0]
+def run_fingerprint(
+    recipe: Mapping[str, Any], data: Data, prepared: Prepared, model: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Everything that a run's weights depend on, bit for bit, as plain data; arrays are given by their SHA-256.
+
+    Args:
+      model: `model_fingerprint`.
+    """
     return {
         "recipe": dict(recipe),
         "data": {name: rows_fingerprint(items) for name, items in data._asdict().items() if items is not None},
-        "base weights": _sha256(leaf_names(params).items()),
+        **model,
         "tokens": {side: _sha256(tokens._asdict().items()) for side, tokens in prepared.sides.items()},
         "schedule": _schedule_sha256(prepared.schedule),
+    }
+
+
+def model_fingerprint(params: PyTree) -> dict[str, Any]:
+    """What a model's outputs depend on beside its input, bit for bit: its weights, and what computes."""
+    device = jax.devices()[0]
+    return {
+        "base weights": weights_sha256(params),
         "packages": {"unlearnjax": unlearnjax.__version__, **{name: version(name) for name in PACKAGES}},
         "device": {
             **{k: v for k, v in describe_hardware().items() if k in ("platform", "device", "device_count")},
@@ -92,6 +119,11 @@ def run_fingerprint(recipe: Mapping[str, Any], data: Data, prepared: Prepared, p
             "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         },
     }
+
+
+def weights_sha256(tree: PyTree) -> str:
+    """Of all leaves of a pytree with their names, dtypes and shapes."""
+    return _sha256(leaf_names(tree).items())
 
 
 def _sha256(arrays: Iterable[tuple[str, Any]]) -> str:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,8 @@ import unlearnjax
 from unlearnjax.adapters.apply import add_delta
 from unlearnjax.adapters.lora import lora, lora_weights, resolve_targets, scaled
 from unlearnjax.errors import UserError
+from unlearnjax.evaluation.journal import Journal
+from unlearnjax.evaluation.mmlu import SHOTS, Prompts
 from unlearnjax.io.atomic import staged_file
 from unlearnjax.io.huggingface import check_dtype, load_params, resolve
 from unlearnjax.io.peft import save_adapter
@@ -24,13 +25,23 @@ from unlearnjax.recipes.describe import (
     describe_candidates,
     describe_data,
     describe_hardware,
+    describe_mmlu,
     describe_model,
     describe_training,
 )
 from unlearnjax.recipes.evaluate_step import evaluate_all
 from unlearnjax.recipes.merge_step import Exported, Merged, describe, export, merge_candidates
-from unlearnjax.recipes.prepare import Data, Prepared, Sources, load_data, prepare, without_weights
-from unlearnjax.recipes.resume import CHECKPOINTS, check_interval, claim, clear, run_fingerprint
+from unlearnjax.recipes.prepare import Data, Prepared, Sources, load_data, load_prompts, prepare, without_weights
+from unlearnjax.recipes.progress import say_by_warning
+from unlearnjax.recipes.resume import (
+    CHECKPOINTS,
+    EVALUATION,
+    check_interval,
+    claim,
+    clear,
+    model_fingerprint,
+    run_fingerprint,
+)
 from unlearnjax.recipes.schema import Recipe, to_plain
 from unlearnjax.report.html import render_html
 from unlearnjax.report.schema import write_report
@@ -111,6 +122,8 @@ def run(
     out: str | Path,
     recipe: Recipe,
     *,
+    mmlu_data: str | None = None,
+    mmlu_shots: int = SHOTS,
     dtype: str = "float32",
     command: Sequence[str] = (),
     title: str | None = None,
@@ -129,13 +142,16 @@ def run(
         Face folder), generations/ (CSV), recipe.yml, report.json and report.html. Each appears whole; report.json comes
         last, so a folder without it is a run that did not end.
       recipe: see `unlearnjax.recipes.load.load_recipe`.
+      mmlu_data, mmlu_shots: measure MMLU of everything that is evaluated (see `load_mmlu`), which the official
+        aggregate needs, with so many solved questions before each.
       dtype: of the base weights, when `model` is a name.
       command: the command line, for the report.
       resume: go on with the unfinished run in `out`, if there is one. Everything that determines the weights must be as
-        it was. What has been trained is not trained again; adapters and merges are written anew.
+        it was. What has been trained is not trained again, and a batch that was evaluated is not evaluated again;
+        adapters and merges are written anew.
       checkpoint_every: seconds of training between checkpoints (in `out`/checkpoints, removed when the run has ended).
       stop: see `unlearnjax.training.interrupt.catch_signals`.
-      say: receives lines about checkpoints that could not be written or read; default: Python warnings.
+      say: receives lines about checkpoints and journals that could not be written or read; default: Python warnings.
 
     Returns:
       The report (see `unlearnjax.report.schema`). Its `exported` names the merge in model/; both are absent where no
@@ -154,41 +170,56 @@ def run(
     lm = without_weights(folder, str(model)) if folder is not None else model
     assert isinstance(lm, LanguageModel)
     prepared = prepare(recipe, lm, data, sources)
+    mmlu = None if mmlu_data is None else load_prompts(lm, mmlu_data, mmlu_shots)
     if folder is not None:
         lm = dataclasses.replace(lm, params=load_params(folder, lm.config, dtype))
 
     plain = to_plain(recipe)
-    known = run_fingerprint(plain, data, prepared, lm.params)
-    keeper = open_keeper(out / CHECKPOINTS, known, every=checkpoint_every, say=say or _warn, resume=resume)
+    of_model, say = model_fingerprint(lm.params), say or say_by_warning
+    known = run_fingerprint(plain, data, prepared, of_model)
+    keeper = open_keeper(out / CHECKPOINTS, known, every=checkpoint_every, say=say, resume=resume)
+    journal = Journal(out / CHECKPOINTS / EVALUATION, of_model, say)
     try:
         clear(out)
         with staged_file(out / "recipe.yml") as path:
             path.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
         trained = train_candidates(lm, prepared, recipe, progress=progress, keeper=keeper, stop=stop)
+        described = {**describe_data(sources, data), "padding_share": prepared.schedule.padding_share}
+        if mmlu_data is not None and mmlu is not None:
+            described["mmlu"] = describe_mmlu(mmlu_data, mmlu)
         about = {
             "title": title or f"Unlearning with the recipe {recipe.name}",
             "command": list(command),
             "recipe": plain,
-            "data": {**describe_data(sources, data), "padding_share": prepared.schedule.padding_share},
+            "data": described,
         }
-        report = finish(lm, recipe, data, trained, out, about, progress=progress)
+        report = finish(
+            lm, recipe, data, trained, out, about, mmlu=mmlu, journal=journal, progress=progress, stop=stop
+        )  # fmt: skip
         keeper.remove()
     finally:
         keeper.close()
     return report
 
 
-def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=2)
-
-
 def finish(
-    lm: LanguageModel, recipe: Recipe, data: Data, trained: Trained, out: Path, about: dict[str, Any], *, progress: bool
+    lm: LanguageModel,
+    recipe: Recipe,
+    data: Data,
+    trained: Trained,
+    out: Path,
+    about: dict[str, Any],
+    *,
+    mmlu: Prompts | None,
+    journal: Journal,
+    progress: bool,
+    stop: Stop | None,
 ) -> dict[str, Any]:
     """What comes after training: write the candidates, merge, evaluate, export and report.
 
     Args:
       about: the report's parts that were known before training.
+      mmlu, journal, stop: see `evaluate_all`.
     """
     save_candidates(out / "candidates", lm, recipe, trained)
     merges, notes = merge_all(recipe, trained)
@@ -196,7 +227,7 @@ def finish(
     adapters = scaled(trained.lora, trained.scale)
     models, more = evaluate_all(
         lm, {recipe.candidates[i].name: index(adapters, i) for i in finished(trained.result)}, [m for m, _ in merges],
-        recipe.evaluation, data, out, progress=progress,
+        recipe.evaluation, data, out, mmlu=mmlu, journal=journal, progress=progress, stop=stop,
     )  # fmt: skip
 
     report: dict[str, Any] = {

@@ -157,6 +157,7 @@ _REPORT = _record(
                 "members": _or_null(_SOURCE),
                 "nonmembers": _or_null(_SOURCE),
                 "probe": _or_null(_SOURCE),
+                "mmlu": _or_null(_record({"source": _string, "questions": _integer, "shots": _integer})),
                 "padding_share": _or_null(_number),
             },
         ),

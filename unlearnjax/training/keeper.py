@@ -169,7 +169,7 @@ def open_keeper(
     fingerprint = json.loads(canonical(fingerprint))  # as it will read back
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / FINGERPRINT
-    keeper = Keeper(folder, fingerprint, every, say, resume, _lock(folder))
+    keeper = Keeper(folder, fingerprint, every, say, resume, lock_folder(folder))
     try:
         remove_left_overs(folder)
         if place.exists():
@@ -194,8 +194,12 @@ def _same_run(found: Any, ours: Any, place: Path) -> None:
         )
 
 
-def _lock(folder: Path) -> int:
-    """Hold the folder until the descriptor returned is closed, or the process ends in whatever way."""
+def lock_folder(folder: Path) -> int:
+    """Hold a folder until the descriptor returned is closed, or the process ends in whatever way.
+
+    Raises:
+      UserError: another process holds it; the message names the folder above it.
+    """
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
