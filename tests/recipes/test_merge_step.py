@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from unlearnjax.merging.lora_space import lora_delta
-from unlearnjax.recipes.evaluate_step import _named, _summary
+from unlearnjax.recipes.evaluate_step import _summary
 from unlearnjax.recipes.merge_step import export, merge_candidates
 from unlearnjax.recipes.parse import recipe_from
 from unlearnjax.recipes.run import Trained, choose_export, merge_all
@@ -65,6 +65,29 @@ def test_a_rank_that_is_named_truncates():
     assert exported.rank == 2 and exported.truncation_error > 0.1
 
 
+@pytest.mark.parametrize("kind", [
+    {"method": "linear"}, {"method": "ties", "density": 0.5}, {"method": "linear", "space": "factors"},
+    {"method": "ties", "space": "factors", "density": 0.5},
+])  # fmt: skip
+def test_a_merge_has_the_length_asked_for_and_its_own_direction(kind):
+    own, long = (
+        merge_candidates(m, STACK, SCALE, [0, 2], 0) for m in recipe_with(kind, {**kind, "length": 1.5}).merges
+    )
+    mean = np.mean([np.linalg.norm(deltas()[i]) for i in (0, 2)])
+
+    def delta(merged):
+        tree = merged.delta if merged.lora is None else lora_delta(merged.lora, 1.0)
+        return np.asarray(tree["layers"]["attention"]["q"]["weight"]).ravel()
+
+    assert own.length == pytest.approx(np.linalg.norm(delta(own)) / mean, rel=1e-5)
+    assert np.linalg.norm(delta(long)) == pytest.approx(1.5 * mean, rel=1e-5) and long.length == pytest.approx(1.5)
+    cosine = delta(own) @ delta(long) / np.linalg.norm(delta(own)) / np.linalg.norm(delta(long))
+    assert cosine == pytest.approx(1, abs=1e-5)
+    exported = export(long, STACK, SCALE, 4)
+    if kind == {"method": "linear"}:  # side by side, exact at any length
+        assert exported.truncation_error < 1e-6
+
+
 def trained(*diverged_at):
     return Trained(STACK, SCALE, Result(None, [], list(diverged_at), 1.0, 1, 1.0, 1))
 
@@ -105,14 +128,9 @@ def test_the_merge_to_export():
     assert choose_export("gone", merges, []) is None
 
 
-def test_warnings_name_the_models_not_their_places():
-    raised = ["candidate 1: low", "candidate 2: low", "candidate 12: odd", "candidate 3: low"]
-    names = ["base", "over", "under", *"defghijkl"]
-    pairs = _named(raised, names)
-    assert pairs == [("base", "low"), ("over", "low"), ("l", "odd"), ("under", "low")]
+def test_warnings_name_the_models():
+    pairs = [("base", "low"), ("over", "low"), ("l", "odd"), ("under", "low")]
     assert _summary(pairs, 12) == ["base, over, under: low", "l: odd"]
-    assert _named(["low", "odd"], ["ties"]) == [("ties", "low"), ("ties", "odd")]
-    # What all of them have is about the data.
     assert _summary([("base", "low"), ("over", "low")], 2) == ["low"]
 
 

@@ -138,7 +138,7 @@ def _stage(progress: Progress | None, what: str, total: int) -> Callable[[int], 
     return advance
 
 
-def _decode(tokenizer: Any, ids: list[list[int]]) -> list[str]:
+def decode(tokenizer: Any, ids: list[list[int]]) -> list[str]:
     """The official script's call. transformers 5 skips its clean-up for byte-level BPE, there as here, and says so."""
     from transformers.utils import logging
 
@@ -186,7 +186,7 @@ def _run(
             progress=_stage(progress, work.what, count * len(work.ids)),
             records=records(work, max_new_tokens=work.limit, eos_token_ids=sorted(set(map(int, eos)))),
         )
-        return [_decode(tokenizer, ids) for ids in found]
+        return [decode(tokenizer, ids) for ids in found]
 
     def likelihoods(work: _Work) -> list[list[float]]:
         found = token_nll_candidates(

@@ -8,20 +8,27 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from unlearnjax.adapters.lora import scaled
 from unlearnjax.errors import UserError
 from unlearnjax.merging.api import merge
+from unlearnjax.merging.geometry import gram, lengths
 from unlearnjax.merging.lora_space import concatenate_lora, merge_lora, to_lora, truncation_errors
 from unlearnjax.recipes.schema import Merge, rule_of
 
 
 class Merged(NamedTuple):
-    """One merge's result. Exactly one of `lora` (scale 1) and `delta` is what the merge computed."""
+    """One merge's result. Exactly one of `lora` (scale 1) and `delta` is what the merge computed.
+
+    `length` is its Frobenius norm over the mean of the candidates', and `rescaled` what it was multiplied by for that.
+    """
 
     merge: Merge
     semantics: str
     candidates: list[int]  # indices of the candidates that went in
     lora: PyTree[Array] | None
     delta: PyTree[Array] | None
+    length: float | None  # None where the candidates have none
+    rescaled: float = 1.0
 
 
 class Exported(NamedTuple):
@@ -47,7 +54,20 @@ def merge_candidates(wanted: Merge, stacked: PyTree[Array], scale: Array, kept: 
         weights=_weights(wanted, kept), semantics=semantics, key=jax.random.key(seed), **wanted.hyperparameters,
     )  # fmt: skip
     in_factors = wanted.space == "factors"
-    return Merged(wanted, semantics, list(kept), result if in_factors else None, None if in_factors else result)
+    adapters = scaled(jax.tree.map(lambda x: x[chosen], stacked), scale[chosen])
+    mean = float(np.mean(lengths(gram(adapters).whole)))
+    own = float(lengths(gram(jax.tree.map(lambda x: x[None], result)).whole)[0]) if in_factors else _norm(result)
+    factor = 1.0
+    if wanted.length is not None and mean > 0 and own > 0:
+        factor = wanted.length * mean / own
+        result = scaled(result, factor) if in_factors else jax.tree.map(lambda x: x * factor, result)
+    length = own * factor / mean if mean > 0 else None
+    both = (result, None) if in_factors else (None, result)
+    return Merged(wanted, semantics, list(kept), *both, length, factor)
+
+
+def _norm(delta: PyTree[Array]) -> float:
+    return float(np.sqrt(sum(float(jnp.sum(jnp.square(x.astype(jnp.float32)))) for x in jax.tree.leaves(delta))))
 
 
 def _weights(wanted: Merge, kept: Sequence[int]) -> Float[Array, " N"] | None:
@@ -76,7 +96,8 @@ def _coefficients(merged: Merged) -> Float[Array, " N"]:
     """What a linear merge multiplies each of its candidates by: its action on the unit vectors."""
     units = jnp.eye(len(merged.candidates), dtype=jnp.float32)
     weights = _weights(merged.merge, merged.candidates)
-    return merge(units, "linear", weights=weights, semantics=merged.semantics, **merged.merge.hyperparameters)
+    own = merge(units, "linear", weights=weights, semantics=merged.semantics, **merged.merge.hyperparameters)
+    return own * jnp.float32(merged.rescaled)
 
 
 def _is_pair(x: Any) -> bool:
@@ -98,4 +119,5 @@ def describe(merged: Merged, exported: Exported, names: Sequence[str]) -> dict[s
         "candidates": [names[i] for i in merged.candidates],
         "exported_rank": exported.rank,
         "truncation_error": exported.truncation_error,
+        "length": merged.length,
     }

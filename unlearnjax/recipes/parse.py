@@ -85,6 +85,7 @@ _RANGES: dict[type, dict[str, _Range]] = {
         "row_tokens": _COUNT_OR_NULL,
         "layer": _COUNT_OR_NULL,
         "idk": _Range(lambda v: v is None or _TEXT.holds(v), "a file's name, or null"),
+        "waypoints": _Range(lambda v: v == 0 or _COUNT.holds(v), "a whole number of at least 0"),
         "tokens_at_once": _COUNT_OR_NULL,
     },
     Merge: {
@@ -97,8 +98,15 @@ _RANGES: dict[type, dict[str, _Range]] = {
         ),
         "name": _Range(lambda v: isinstance(v, str), _TEXT.words),
         "rank": _COUNT_OR_NULL,
+        "length": _Range(lambda v: v is None or _POSITIVE.holds(v), "a number above 0, or null"),
     },
-    Evaluation: {"semantics": _TEXT, "max_new_tokens": _COUNT, "batch_size": _COUNT, "export": _TEXT},
+    Evaluation: {
+        "semantics": _TEXT,
+        "max_new_tokens": _COUNT,
+        "batch_size": _COUNT,
+        "waypoint_rows": _COUNT,
+        "export": _TEXT,
+    },
 }
 
 
@@ -238,6 +246,7 @@ def _merge(raw: Any, count: int, where: str) -> Merge:
     if merge.name:
         return merge
     extras = [f"{k}{_short(v)}" for k, v in sorted(rest.items())]
+    extras += [] if merge.length is None else [f"length{_short(merge.length)}"]
     parts = [merge.method, merge.space, *([merge.semantics] if merge.semantics else []), *extras]
     return dataclasses.replace(merge, name="-".join(parts))
 

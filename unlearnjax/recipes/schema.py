@@ -61,6 +61,7 @@ class Training:
     (null: rows are never cut, and one beyond the model's context is an error).
     `layer`: whose output RMU acts on, counted from 1 (null: a quarter of the way up).
     `idk`: a text file of answers, one per line, that IDK and DPO prefer on the forget prompts (null: a built-in list).
+    `waypoints`: how often on the way the adapters are kept and scored (on `Evaluation.waypoint_rows`); 0: not at all.
     `tokens_at_once`: candidates go through the model in groups of at most so many tokens (null: all together on an
     accelerator, in small groups on a CPU): less means less memory.
     """
@@ -72,12 +73,17 @@ class Training:
     row_tokens: int | None = None
     layer: int | None = None
     idk: str | None = None
+    waypoints: int = 0
     tokens_at_once: int | None = None
 
 
 @dataclass(frozen=True)
 class Merge:
-    """One merge to compare. `hyperparameters` are the method's own; `weights` one per candidate, in their order."""
+    """One merge to compare. `hyperparameters` are the method's own; `weights` one per candidate, in their order.
+
+    `length`: rescale the merged delta to so many times the candidates' mean length (null: as the method makes it).
+    Merges differ in length by factors, and a longer step forgets more: at one length their directions are compared.
+    """
 
     method: str
     space: str = "delta"
@@ -85,16 +91,21 @@ class Merge:
     weights: Sequence[float] | None = None
     name: str = ""
     rank: int | None = None  # of the exported adapter; default: the candidates' largest
+    length: float | None = None
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The official protocol's settings. `export`: the merge to write as a model: `best`, or its name."""
+    """The official protocol's settings. `export`: the merge to write as a model: `best`, or its name.
+
+    `waypoint_rows`: rows of each split that are asked at each of training's waypoints, evenly of tasks and kinds.
+    """
 
     semantics: str = "official"
     max_new_tokens: int = 256
     batch_size: int = 32
+    waypoint_rows: int = 96
     export: str = "best"
 
 

@@ -178,7 +178,8 @@ _TASK_NOTE = element(
 )
 _MERGE_NOTE = element(
     "p",
-    "Space: delta merges B·A, factors merges A and B apart. Truncation error: the part of the merged delta, relative "
+    "Space: delta merges B·A, factors merges A and B apart. Length: the merged delta's Frobenius norm over the mean of "
+    "its candidates'. Truncation error: the part of the merged delta, relative "
     "in Frobenius norm, that an adapter of the exported rank cannot hold.",
     class_="note",
 )

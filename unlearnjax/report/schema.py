@@ -187,7 +187,8 @@ _REPORT = _record(
                     "candidates": _list_of(_string),
                     "exported_rank": _or_null(_integer),
                     "truncation_error": _or_null(_number),
-                }
+                },
+                optional={"length": _or_null(_number)},
             )
         ),
         "models": _list_of(

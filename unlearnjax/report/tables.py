@@ -112,7 +112,7 @@ def candidate_table(candidates: Sequence[Mapping[str, Any]]) -> list[Markup]:
 def merge_table(merges: Sequence[Mapping[str, Any]]) -> Markup:
     """How each merge was made, and what its export as an adapter lost."""
     header = [_head(title) for title in ("Merge", "Method", "Space", "Semantics", "Hyperparameters", "Of")]
-    header += [_number_head("Exported rank"), _number_head("Truncation error")]
+    header += [_number_head("Length"), _number_head("Exported rank"), _number_head("Truncation error")]
     rows = []
     for merge in merges:
         settings = ", ".join(f"{name} {_value(value)}" for name, value in merge["hyperparameters"].items())
@@ -126,6 +126,7 @@ def merge_table(merges: Sequence[Mapping[str, Any]]) -> Markup:
                 element("td", merge["semantics"] or NONE),
                 element("td", settings or NONE),
                 element("td", f"{len(merge['candidates'])} candidates", title=", ".join(merge["candidates"])),
+                _number(merge.get("length")),
                 element("td", NONE if rank is None else rank, class_="r"),
                 _number(merge["truncation_error"]),
             )

@@ -77,16 +77,15 @@ def test_equals_transformers_and_the_adapter_is_its_own(models, monkeypatch, at_
     assert np.abs(base[1].variance - changed[1].variance).max() > 0.1
 
 
-def test_a_sharp_distribution_keeps_its_variance():
+def test_a_sharp_distribution_keeps_its_variance(models):
     """One logit far above the rest: E[x^2] - E[x]^2 would be rounding noise, of either sign, in float32."""
     high, vocab = 12.0, 5
 
     class Hidden:
         hidden = jnp.ones((1, 2, 1))
 
-    model = token_stats.Model(
-        None, lambda *_, **__: Hidden, None, lambda params: jnp.zeros((vocab, 1)).at[0].set(high), None
-    )
+    weights = jnp.zeros((vocab, 1)).at[0].set(high)
+    model = models[1].model._replace(forward=lambda *_, **__: Hidden, head=lambda params: weights)
     tokens = jnp.zeros((1, 2), jnp.int32)
     chosen, mean, variance = (
         float(x[0, 0]) for x in token_stats.batch_stats(model, None, None, tokens, tokens + 1, 16)

@@ -80,7 +80,8 @@ def draw_scores(rows: Sequence[Row], texts: Sequence[str], draws: int) -> Float[
 def leak_at(rows: Sequence[Row], scores: Float[np.ndarray, "rows draws"], ks: Sequence[int] = KS) -> dict[str, Any]:
     """leak@k with its interval over all rows, and per kind (`regurgitation`, `knowledge`) without one."""
     kinds = [KINDS[kind_of(row.id) or ""] for row in rows]
-    curve, of_kind = [], {kind: [] for kind in dict.fromkeys(kinds)}
+    curve: list[dict[str, Any]] = []
+    of_kind: dict[str, list[float]] = {kind: [] for kind in kinds}
     ks = [k for k in ks if k <= scores.shape[1]]
     for k in ks:
         each = [expected_maximum(row, k) for row in scores.tolist()]
