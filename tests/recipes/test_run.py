@@ -35,7 +35,7 @@ PLAIN = {
         {"name": "under", "micro_batch": 4, "learning_rate": 5e-3, "objective": {"npo": 0.3, "gdr": 0.7}},
     ],
     "adapter": {"targets": ["q", "v", "down"]},
-    "training": {"buckets": 1},
+    "training": {"buckets": 1, "waypoints": 3},
     "merges": [
         {"name": "linear", "method": "linear", "weights": [1, 5, 3]},
         {"name": "ties-delta", "method": "ties", "density": 0.5},
@@ -100,6 +100,24 @@ def factors(folder):
 def deltas(folder):
     pairs, scale = factors(folder)
     return {n: scale * b.astype(np.float64) @ a for n, (a, b) in pairs.items()}
+
+
+def test_waypoints_end_where_the_candidates_are(done):
+    """All rows are asked at the waypoints, so the last one's scores are the candidate's own, and its length too."""
+    out, report = done
+    scores = {m["name"]: m["scores"] for m in report["models"]}
+    ways = {c["name"]: c["trajectory"] for c in report["candidates"]}
+    for name in FINISHED:
+        way, updates = ways[name], next(c["updates"] for c in report["candidates"] if c["name"] == name)
+        assert way["updates"][0] == 0 and way["updates"][-1] == updates and len(way["updates"]) == 4
+        for at, own in ((-1, scores[name]), (0, scores["base"])):
+            for split in ("forget", "retain"):
+                found = {task: {kind: v[at] for kind, v in kinds.items()} for task, kinds in way[split].items()}
+                assert found == own[split]
+                assert way["nll"][split][at] == pytest.approx(own["nll"][split], rel=1e-5)
+        norm = math.sqrt(sum((d.astype(np.float64) ** 2).sum() for d in deltas(out / "candidates" / name).values()))
+        assert way["length"][-1] == pytest.approx(norm, rel=1e-5) and way["length"][0] == 0
+    assert not (out / "checkpoints").exists() and "On the way" in (out / "report.html").read_text("utf-8")
 
 
 def their_logits(model, tokens):

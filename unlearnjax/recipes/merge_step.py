@@ -62,8 +62,8 @@ def merge_candidates(wanted: Merge, stacked: PyTree[Array], scale: Array, kept: 
         factor = wanted.length * mean / own
         result = scaled(result, factor) if in_factors else jax.tree.map(lambda x: x * factor, result)
     length = own * factor / mean if mean > 0 else None
-    both = (result, None) if in_factors else (None, result)
-    return Merged(wanted, semantics, list(kept), *both, length, factor)
+    lora, delta = (result, None) if in_factors else (None, result)
+    return Merged(wanted, semantics, list(kept), lora, delta, length, factor)
 
 
 def _norm(delta: PyTree[Array]) -> float:

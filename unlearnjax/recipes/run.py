@@ -43,6 +43,7 @@ from unlearnjax.recipes.resume import (
     run_fingerprint,
 )
 from unlearnjax.recipes.schema import Recipe, to_plain
+from unlearnjax.recipes.trajectory_step import trajectories
 from unlearnjax.report.html import render_html
 from unlearnjax.report.schema import write_report
 from unlearnjax.training.hyperparameters import index
@@ -51,8 +52,10 @@ from unlearnjax.training.keeper import Keeper, open_keeper
 from unlearnjax.training.loop import Result, finished, fresh_states, train
 from unlearnjax.training.reference import stores_for
 from unlearnjax.training.step import Task
+from unlearnjax.training.waypoints import recorder, waypoint_steps
 
 CHECKPOINT_EVERY = 120.0  # seconds
+WAYPOINTS = "waypoints"  # a folder beside the checkpoints, and gone with them
 
 
 class Trained(NamedTuple):
@@ -71,12 +74,14 @@ def train_candidates(
     progress: bool = False,
     keeper: Keeper | None = None,
     stop: Stop | None = None,
+    waypoints: Path | None = None,
 ) -> Trained:
     """Train every candidate of the recipe in one compiled program (per length bucket).
 
     Args:
       keeper: gets checkpoints; training goes on from its newest one.
       stop: asks training to save itself and to raise `Interrupted`.
+      waypoints: gets the adapters at the recipe's waypoints.
     """
     targets = resolve_targets(recipe.adapter.targets, model.config, "recipe: adapter")
     adapter = lora(model.config, targets, max(c.rank for c in recipe.candidates))
@@ -89,9 +94,13 @@ def train_candidates(
     stores = {}
     if start is None or start.step < len(prepared.schedule.steps):
         stores = stores_for(model.model, model.params, prepared.sides, prepared.objective, recipe.training.buckets)
+    after_step = None
+    if waypoints is not None:
+        after_step = recorder(waypoints, waypoint_steps(len(prepared.schedule.steps), recipe.training.waypoints))
     result = train(
-        task, model.params, stores, prepared.schedule, h, progress=progress, start=start, keeper=keeper, stop=stop
-    )
+        task, model.params, stores, prepared.schedule, h, progress=progress, start=start, keeper=keeper, stop=stop,
+        after_step=after_step,
+    )  # fmt: skip
     return Trained(result.states.trainable, h.lora_alpha / h.lora_rank.astype(jnp.float32), result)
 
 
@@ -183,7 +192,19 @@ def run(
         clear(out)
         with staged_file(out / "recipe.yml") as path:
             path.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        trained = train_candidates(lm, prepared, recipe, progress=progress, keeper=keeper, stop=stop)
+        waypoints = out / CHECKPOINTS / WAYPOINTS if recipe.training.waypoints else None
+        trained = train_candidates(
+            lm, prepared, recipe, progress=progress, keeper=keeper, stop=stop, waypoints=waypoints
+        )  # fmt: skip
+        described_candidates = describe_candidates(recipe.candidates, trained.result)
+        if waypoints is not None:
+            steps = waypoint_steps(len(prepared.schedule.steps), recipe.training.waypoints)
+            ways = trajectories(
+                lm, waypoints, steps, trained.lora, trained.scale, recipe.evaluation, data, journal=journal,
+                progress=progress, stop=stop,
+            )  # fmt: skip
+            for candidate, way in zip(described_candidates, ways, strict=True):
+                candidate["trajectory"] = way
         described = {**describe_data(sources, data), "padding_share": prepared.schedule.padding_share}
         if mmlu_data is not None and mmlu is not None:
             described["mmlu"] = describe_mmlu(mmlu_data, mmlu)
@@ -192,6 +213,7 @@ def run(
             "command": list(command),
             "recipe": plain,
             "data": described,
+            "candidates": described_candidates,
         }
         report = finish(
             lm, recipe, data, trained, out, about, mmlu=mmlu, journal=journal, progress=progress, stop=stop
@@ -238,7 +260,6 @@ def finish(
         "unlearnjax": unlearnjax.__version__,
         "hardware": describe_hardware(),
         "training": describe_training(trained.result),
-        "candidates": describe_candidates(recipe.candidates, trained.result),
         "merges": [describe(m, e, [c.name for c in recipe.candidates]) for m, e in merges],
         "models": models,
         "warnings": [*notes, *more],

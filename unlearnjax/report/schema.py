@@ -139,6 +139,21 @@ _SCORES = _record(
     }
 )
 
+_NUMBERS = _list_of(_or_null(_number))
+_BY_TERM = _mapping_of(_mapping_of(_NUMBERS))
+_ANGLES = _record({name: _or_null(_number) for name in ("d1_d2", "d1_d3", "d2_d3")})
+_TRAJECTORY = _record(
+    {
+        "updates": _list_of(_integer),
+        "forget": _BY_TERM,
+        "retain": _BY_TERM,
+        "nll": _record({"forget": _NUMBERS, "retain": _NUMBERS}),
+        "length": _NUMBERS,
+        "turning_point": _or_null(_integer),
+        "angles": _or_null(_record({"whole": _ANGLES, "by_module": _mapping_of(_ANGLES)})),
+    }
+)
+
 _REPORT = _record(
     {
         "schema": _string,
@@ -173,7 +188,8 @@ _REPORT = _record(
                     "diverged_at": _or_null(_integer),
                     "updates": _integer,
                     "curves": _curves,
-                }
+                },
+                optional={"trajectory": _TRAJECTORY},
             )
         ),
         "merges": _list_of(

@@ -23,9 +23,9 @@ def scores_table(models: Sequence[Model]) -> Markup:
     ranked = ("task_aggregate", "membership_score", "mmlu", "aggregate", "aggregate_without_mmlu")
     tops = {name: _top(models, name) for name in ranked}
     header = [
-        _head("Model"),
+        head("Model"),
         *map(
-            _number_head,
+            number_head,
             (
                 "Task aggregate ↑", "Membership AUC → 0.5", "Membership score ↑", "MMLU ↑", "Aggregate with MMLU ↑",
                 "Aggregate without MMLU ↑", "Degenerate, forget ↓", "Degenerate, retain ↓", "Probe ↑",
@@ -36,7 +36,7 @@ def scores_table(models: Sequence[Model]) -> Markup:
     for model in ordered(models):
         scores = model["scores"]
         rank = {
-            name: _number(scores[name], best=model["kind"] in ("candidate", "merge") and scores[name] == tops[name])
+            name: number(scores[name], best=model["kind"] in ("candidate", "merge") and scores[name] == tops[name])
             for name in ranked
         }
         degenerate, probe = scores["degenerate"] or {}, scores["probe"] or {}
@@ -45,17 +45,17 @@ def scores_table(models: Sequence[Model]) -> Markup:
                 "tr",
                 _name(model),
                 rank["task_aggregate"],
-                _number(scores["membership_auc"], scores["membership_auc_interval"]),
+                number(scores["membership_auc"], scores["membership_auc_interval"]),
                 rank["membership_score"],
                 rank["mmlu"],
                 rank["aggregate"],
                 rank["aggregate_without_mmlu"],
-                _number(degenerate.get("forget")),
-                _number(degenerate.get("retain")),
-                _number(probe.get("accuracy"), probe.get("interval")),
+                number(degenerate.get("forget")),
+                number(degenerate.get("retain")),
+                number(probe.get("accuracy"), probe.get("interval")),
             )
         )
-    return _table([header], rows)
+    return table([header], rows)
 
 
 def task_table(models: Sequence[Model]) -> Markup:
@@ -64,15 +64,15 @@ def task_table(models: Sequence[Model]) -> Markup:
     kinds = (("regurgitation", "ROUGE\u2011L"), ("knowledge", "exact"))
     splits = (("forget", "Forget ↓"), ("retain", "Retain ↑"))
     wide = len(kinds) * len(names) + 1
-    upper, middle, lower = [_head("")], [_head("")], [_head("Model")]
+    upper, middle, lower = [head("")], [head("")], [head("Model")]
     for _, title in splits:
         upper.append(element("th", title, colspan=wide, scope="colgroup", class_="group"))
         for place, task in enumerate(names):
             edge = "group" if place == 0 else "task"
             middle.append(element("th", task, colspan=len(kinds), scope="colgroup", class_=edge))
-            lower += [_number_head(short, first=place == 0 and kind == kinds[0][0]) for kind, short in kinds]
-        middle.append(_head("") if names else element("th", class_="group"))
-        lower.append(_number_head("NLL", first=not names))
+            lower += [number_head(short, first=place == 0 and kind == kinds[0][0]) for kind, short in kinds]
+        middle.append(head("") if names else element("th", class_="group"))
+        lower.append(number_head("NLL", first=not names))
     rows = []
     for model in ordered(models):
         cells = [_name(model)]
@@ -80,16 +80,16 @@ def task_table(models: Sequence[Model]) -> Markup:
             scored = model["scores"][split]
             values = [scored.get(task, {}).get(kind) for task in names for kind, _ in kinds]
             values.append((model["scores"]["nll"] or {}).get(split))
-            cells += [_number(value, first=place == 0) for place, value in enumerate(values)]
+            cells += [number(value, first=place == 0) for place, value in enumerate(values)]
         rows.append(element("tr", *cells))
-    return _table([upper, middle, lower], rows)
+    return table([upper, middle, lower], rows)
 
 
 def candidate_table(candidates: Sequence[Mapping[str, Any]]) -> list[Markup]:
     """Status and the hyperparameters that differ; below it those that all share."""
     names = list(dict.fromkeys(name for candidate in candidates for name in candidate["hyperparameters"]))
     own = [name for name in names if len({_value(c["hyperparameters"].get(name)) for c in candidates}) > 1]
-    header = [_head("Candidate"), _head("Status"), _number_head("Updates"), *map(_number_head, own)]
+    header = [head("Candidate"), head("Status"), number_head("Updates"), *map(number_head, own)]
     rows = []
     for candidate in candidates:
         status = candidate["status"]
@@ -106,13 +106,13 @@ def candidate_table(candidates: Sequence[Mapping[str, Any]]) -> list[Markup]:
         )
     shared = [f"{name} {_value(candidates[0]['hyperparameters'].get(name))}" for name in names if name not in own]
     note = element("p", f"The same for all: {', '.join(shared)}.", class_="note") if shared else None
-    return [part for part in (_table([header], rows), note) if part is not None]
+    return [part for part in (table([header], rows), note) if part is not None]
 
 
 def merge_table(merges: Sequence[Mapping[str, Any]]) -> Markup:
     """How each merge was made, and what its export as an adapter lost."""
-    header = [_head(title) for title in ("Merge", "Method", "Space", "Semantics", "Hyperparameters", "Of")]
-    header += [_number_head("Length"), _number_head("Exported rank"), _number_head("Truncation error")]
+    header = [head(title) for title in ("Merge", "Method", "Space", "Semantics", "Hyperparameters", "Of")]
+    header += [number_head("Length"), number_head("Exported rank"), number_head("Truncation error")]
     rows = []
     for merge in merges:
         settings = ", ".join(f"{name} {_value(value)}" for name, value in merge["hyperparameters"].items())
@@ -126,12 +126,12 @@ def merge_table(merges: Sequence[Mapping[str, Any]]) -> Markup:
                 element("td", merge["semantics"] or NONE),
                 element("td", settings or NONE),
                 element("td", f"{len(merge['candidates'])} candidates", title=", ".join(merge["candidates"])),
-                _number(merge.get("length")),
+                number(merge.get("length")),
                 element("td", NONE if rank is None else rank, class_="r"),
-                _number(merge["truncation_error"]),
+                number(merge["truncation_error"]),
             )
         )
-    return _table([header], rows)
+    return table([header], rows)
 
 
 def data_table(data: Mapping[str, Any]) -> Markup:
@@ -145,20 +145,20 @@ def data_table(data: Mapping[str, Any]) -> Markup:
                 element("tr", element("th", name, scope="row"), element("td", element("code", source["source"])),
                         element("td", f"{source['rows']:,}", class_="r"), element("td", digest))
             )  # fmt: skip
-    return _table([[_head("Set"), _head("Source"), _number_head("Rows"), _head("SHA-256 starts with")]], rows)
+    return table([[head("Set"), head("Source"), number_head("Rows"), head("SHA-256 starts with")]], rows)
 
 
-def _table(headers: Sequence[Sequence[Markup]], rows: Iterable[Markup]) -> Markup:
+def table(headers: Sequence[Sequence[Markup]], rows: Iterable[Markup]) -> Markup:
     head = element("thead", *(element("tr", *cells) for cells in headers))
     # Focusable, so that the keyboard can scroll a table that is wider than the screen.
     return element("div", element("table", head, element("tbody", *rows)), class_="scroll", tabindex="0")
 
 
-def _head(title: str) -> Markup:
+def head(title: str) -> Markup:
     return element("th", title, scope="col")
 
 
-def _number_head(title: str, first: bool = False) -> Markup:
+def number_head(title: str, first: bool = False) -> Markup:
     # An arrow stays with the word before it.
     title = title.replace(" ↑", "\u00a0↑").replace(" ↓", "\u00a0↓")
     return element("th", title, scope="col", class_="r first" if first else "r")
@@ -168,7 +168,7 @@ def _name(model: Model) -> Markup:
     return element("th", kind_mark(model["kind"]), model["name"], scope="row", class_="model")
 
 
-def _number(
+def number(
     value: float | None, interval: Sequence[float] | None = None, *, best: bool = False, first: bool = False
 ) -> Markup:
     edge = " first" if first else ""
