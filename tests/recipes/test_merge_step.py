@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from unlearnjax.errors import UserError
 from unlearnjax.merging.lora_space import lora_delta
 from unlearnjax.recipes.evaluate_step import _summary
 from unlearnjax.recipes.merge_step import export, merge_candidates
@@ -100,6 +101,31 @@ def test_a_merge_that_divergence_made_impossible_is_left_out_and_the_others_are_
     assert warnings[0] == "candidate one diverged after 7 updates; it is left out of every merge"
     assert "merge linear-delta was not made" in warnings[1] and "sum to 0" in warnings[1]
     assert len(merge_all(recipe, trained(None, None, None))[0]) == 2
+
+
+def test_a_merge_of_some_candidates_is_the_merge_without_the_others():
+    """Named in another order, with weights; one of them diverged in the second run."""
+    some = {"method": "linear", "of": ["three", "one"], "weights": [3, 1]}
+    whole = {"method": "linear", "name": "whole", "weights": [1, 0, 3]}
+    ties = {"method": "ties", "density": 0.5, "of": ["one", "three"]}
+    recipe = recipe_with(some, whole, ties)
+    (first, _), (second, _), (third, _) = merge_all(recipe, trained(None, None, None))[0]
+    assert first.candidates == third.candidates == [0, 2] and first.merge.name == "linear-three+one-delta"
+    for a, b in zip(jax.tree.leaves(first.delta), jax.tree.leaves(second.delta), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+    without = merge_candidates(recipe_with({"method": "ties", "density": 0.5}).merges[0], STACK, SCALE, [0, 2], 0)
+    for a, b in zip(jax.tree.leaves(third.delta), jax.tree.leaves(without.delta), strict=True):
+        np.testing.assert_array_equal(a, b)
+    made, warnings = merge_all(recipe_with(some), trained(5, None, None))
+    assert made[0][0].candidates == [2] and len(warnings) == 1
+
+
+@pytest.mark.parametrize(("of", "says"), [
+    (["one", "tree"], "tree"), (["one", "one"], "twice"), ([], "a list of candidates"), ("one", "a list of candidates"),
+])  # fmt: skip
+def test_a_merge_of_nobody_known_is_refused(of, says):
+    with pytest.raises(UserError, match=says):
+        recipe_with({"method": "linear", "of": of})
 
 
 def test_no_candidate_left():

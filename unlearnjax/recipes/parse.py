@@ -92,6 +92,10 @@ _RANGES: dict[type, dict[str, _Range]] = {
         "method": _TEXT,
         "space": _TEXT,
         "semantics": _Range(lambda v: v is None or isinstance(v, str), "a name, or null"),
+        "of": _Range(
+            lambda v: v is None or (not isinstance(v, str) and _is_names(v) and len(v) > 0),
+            "a list of candidates' names, or null",
+        ),
         "weights": _Range(
             lambda v: v is None or (isinstance(v, Sequence) and not isinstance(v, str) and all(map(_is_number, v))),
             "a list of numbers, one per candidate",
@@ -202,7 +206,7 @@ def _candidates(raw: Mapping[str, Any], where: str) -> tuple[Candidate, ...]:
     return tuple(_candidate({**defaults, **e}, f"{where}: candidate {e['name']!r}") for e in entries)
 
 
-def _check_merge(merge: Merge, count: int, where: str) -> None:
+def _check_merge(merge: Merge, candidates: Sequence[str], where: str) -> None:
     """Everything that `unlearnjax.merge` would refuse after the training, before it."""
     import numpy as np
 
@@ -226,6 +230,11 @@ def _check_merge(merge: Merge, count: int, where: str) -> None:
         )
     if merge.rank is not None and merge.space != "delta":
         raise UserError(f"{where}: rank is what a delta is exported with; in space {merge.space} leave it out")
+    if merge.of is not None:
+        check_known(merge.of, candidates, "candidate", f"{where}: of")
+        if len(set(merge.of)) < len(merge.of):
+            raise UserError(f"{where}: of names a candidate twice: {', '.join(merge.of)}")
+    count = len(candidates if merge.of is None else merge.of)
     if merge.weights is not None:
         if len(merge.weights) != count:
             raise UserError(f"{where}: {len(merge.weights)} weights for {count} candidates; give one for each")
@@ -234,7 +243,7 @@ def _check_merge(merge: Merge, count: int, where: str) -> None:
             raise UserError(f"{where}: weights {list(merge.weights)} do not suit {merge.method}: {problem}")
 
 
-def _merge(raw: Any, count: int, where: str) -> Merge:
+def _merge(raw: Any, candidates: Sequence[str], where: str) -> Merge:
     given = _mapping(raw, "a method and its hyperparameters", where)
     if "method" not in given:
         raise UserError(f"{where}: names no method")
@@ -242,12 +251,13 @@ def _merge(raw: Any, count: int, where: str) -> Merge:
     rest = {k: v for k, v in given.items() if k not in own}
     _check_ranges(Merge, own, where)
     merge = Merge(**own, hyperparameters=rest)
-    _check_merge(merge, count, where)
+    _check_merge(merge, candidates, where)
     if merge.name:
         return merge
     extras = [f"{k}{_short(v)}" for k, v in sorted(rest.items())]
     extras += [] if merge.length is None else [f"length{_short(merge.length)}"]
-    parts = [merge.method, merge.space, *([merge.semantics] if merge.semantics else []), *extras]
+    of = [] if merge.of is None else ["+".join(merge.of)]
+    parts = [merge.method, *of, merge.space, *([merge.semantics] if merge.semantics else []), *extras]
     return dataclasses.replace(merge, name="-".join(parts))
 
 
@@ -289,7 +299,7 @@ def recipe_from(raw: Any, where: str) -> Recipe:
     evaluation = _section(Evaluation, raw.get("evaluation"), f"{where}: evaluation")
     check_known([evaluation.semantics], ["official"], "semantics", f"{where}: evaluation")
     listed = enumerate(_list(raw.get("merges") or [], "merges", f"{where}: merges"), start=1)
-    merges = tuple(_merge(m, len(candidates), f"{where}: merge {i}") for i, m in listed)
+    merges = tuple(_merge(m, [c.name for c in candidates], f"{where}: merge {i}") for i, m in listed)
     _check_names([c.name for c in candidates] + [m.name for m in merges], where)
     if evaluation.export != "best":
         check_known([evaluation.export], [m.name for m in merges], "merge", f"{where}: evaluation: export")

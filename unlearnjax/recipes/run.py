@@ -42,7 +42,7 @@ from unlearnjax.recipes.resume import (
     model_fingerprint,
     run_fingerprint,
 )
-from unlearnjax.recipes.schema import Recipe, to_plain
+from unlearnjax.recipes.schema import Merge, Recipe, to_plain
 from unlearnjax.recipes.trajectory_step import trajectories
 from unlearnjax.report.html import render_html
 from unlearnjax.report.schema import write_report
@@ -116,13 +116,24 @@ def merge_all(recipe: Recipe, trained: Trained) -> tuple[list[tuple[Merged, Expo
     made = []
     for wanted in recipe.merges:
         try:
-            merged = merge_candidates(wanted, trained.lora, trained.scale, kept, recipe.training.seed)
+            own, mine = _of(wanted, [candidate.name for candidate in recipe.candidates], kept)
+            merged = merge_candidates(own, trained.lora, trained.scale, mine, recipe.training.seed)
         except UserError as error:
             # The recipe was checked with all candidates; with those that are left a merge can be impossible.
             warnings.append(f"merge {wanted.name} was not made: {error}")
         else:
             made.append((merged, export(merged, trained.lora, trained.scale, largest)))
     return made, warnings
+
+
+def _of(wanted: Merge, names: Sequence[str], kept: Sequence[int]) -> tuple[Merge, list[int]]:
+    """The merge with a weight for each of the recipe's candidates, and the indices of those that it merges."""
+    if wanted.of is None:
+        return wanted, list(kept)
+    if wanted.weights is not None:
+        given = dict(zip(wanted.of, wanted.weights, strict=True))
+        wanted = dataclasses.replace(wanted, weights=[given.get(name, 0.0) for name in names])
+    return wanted, [i for i in kept if names[i] in wanted.of]  # type: ignore[operator]
 
 
 def run(

@@ -79,7 +79,9 @@ class Training:
 
 @dataclass(frozen=True)
 class Merge:
-    """One merge to compare. `hyperparameters` are the method's own; `weights` one per candidate, in their order.
+    """One merge to compare. `hyperparameters` are the method's own.
+
+    `of`: the names of the candidates to merge (null: all). `weights`: one for each of them, in that order.
 
     `length`: rescale the merged delta to so many times the candidates' mean length (null: as the method makes it).
     Merges differ in length by factors, and a longer step forgets more: at one length their directions are compared.
@@ -88,6 +90,7 @@ class Merge:
     method: str
     space: str = "delta"
     semantics: str | None = None
+    of: Sequence[str] | None = None
     weights: Sequence[float] | None = None
     name: str = ""
     rank: int | None = None  # of the exported adapter; default: the candidates' largest
