@@ -30,15 +30,11 @@ from _small import small_models
 
 from unlearnjax.data.rows import Document, load_documents, load_rows, write_documents, write_rows
 from unlearnjax.data.synthetic import make_corpus
-from unlearnjax.evaluation.protocol import evaluate_candidates
 from unlearnjax.models.language_model import load_model
 from unlearnjax.recipes.load import load_recipe
 from unlearnjax.recipes.prepare import Sources
-from unlearnjax.recipes.progress import bars
 from unlearnjax.recipes.run import run
 from unlearnjax.report.figure import scatter_svg
-from unlearnjax.report.html import render_html
-from unlearnjax.report.schema import write_report
 from unlearnjax.report.scores import render_markdown_table
 
 HERE = Path(__file__).parent
@@ -58,6 +54,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--work", default="out/semeval_ties_models", help="where the small models are kept between runs")
     p.add_argument("--out", required=True)
+    p.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out")
     p.add_argument("--results", default=str(HERE / "results"), help="where the figures to keep go")
     return p.parse_args()
 
@@ -93,19 +90,8 @@ def main() -> None:
     recipe = load_recipe(a.recipe or {"small": str(HERE / "semeval_ties_small.yml"), "paper": "zjuklab"}[a.scale])
     recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, seed=a.seed))
     command = ["python", "experiments/semeval_ties.py", "--scale", a.scale]
-    report = run(base, sources, a.out, recipe, command=command, title=f"ZJUKLAB's system on LUME ({a.scale})")
-
-    if gold is not None:
-        with bars(True, "gold") as bar:
-            (scores,) = evaluate_candidates(
-                gold.model, gold.params, None, gold.require_tokenizer(), forget, retain,
-                members if nonmembers else None, nonmembers or None, probe if a.scale == "small" else None,
-                max_new_tokens=recipe.evaluation.max_new_tokens, out_folders=[Path(a.out) / "generations" / "gold"],
-                progress=bar,
-            )  # fmt: skip
-        report["models"].insert(1, {"name": "gold", "kind": "gold", "scores": scores})
-    write_report(Path(a.out), report)
-    (Path(a.out) / "report.html").write_text(render_html(report), encoding="utf-8")
+    title = f"ZJUKLAB's system on LUME ({a.scale})"
+    report = run(base, sources, a.out, recipe, gold=gold, command=command, title=title, resume=a.resume)
     save_results(report, Path(a.results), f"semeval_ties_{a.scale}")
     print(render_markdown_table(report))
 

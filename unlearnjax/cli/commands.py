@@ -59,12 +59,12 @@ def _show(report: dict[str, Any], out: Path) -> None:
 
 def run(a: argparse.Namespace) -> None:
     """`unlearnjax run`."""
-    from unlearnjax.recipes.load import load_recipe
+    from unlearnjax.recipes.load import load_recipe, with_suite
     from unlearnjax.recipes.run import run
 
-    recipe = load_recipe(a.recipe)
+    recipe = with_suite(load_recipe(a.recipe), a.evaluate)
     report = run(
-        a.model, _sources(a), a.out, recipe, mmlu_data=a.mmlu_data, mmlu_shots=a.mmlu_shots, dtype=a.dtype,
+        a.model, _sources(a), a.out, recipe, gold=a.gold, mmlu_data=a.mmlu_data, mmlu_shots=a.mmlu_shots, dtype=a.dtype,
         command=a.command_line, progress=not a.quiet, resume=a.resume, checkpoint_every=a.checkpoint_every,
         stop=a.stop, say=say,
     )  # fmt: skip
@@ -75,13 +75,14 @@ def demo(a: argparse.Namespace) -> None:
     """`unlearnjax demo`."""
     from unlearnjax.errors import UserError
     from unlearnjax.recipes.demo import demo
-    from unlearnjax.recipes.load import load_recipe
+    from unlearnjax.recipes.load import load_recipe, with_suite
 
     if not 0 <= a.seed < 2**32:
         raise UserError(f"--seed must be from 0 to 2^32 - 1, not {a.seed}")
+    recipe = with_suite(load_recipe(a.recipe), a.evaluate)
     report = demo(
-        a.out, recipe=load_recipe(a.recipe), seed=a.seed, command=a.command_line, progress=not a.quiet,
-        resume=a.resume, checkpoint_every=a.checkpoint_every, stop=a.stop, say=say,
+        a.out, recipe=recipe, seed=a.seed, command=a.command_line, progress=not a.quiet, resume=a.resume,
+        checkpoint_every=a.checkpoint_every, stop=a.stop, say=say,
     )  # fmt: skip
     _show(report, Path(a.out) / "result")
 

@@ -67,17 +67,25 @@ def parser() -> argparse.ArgumentParser:
             help="of training, after which it is saved so that --resume goes on from there (default: 120)",
         )  # fmt: skip
 
+    def suite(p: argparse.ArgumentParser) -> None:
+        p.add_argument(
+            "--evaluate", choices=("official", "full"), help="full: also what the score hides (default: the recipe's)"
+        )
+
     p = add("run", commands.run, "Unlearn: train candidates, merge, evaluate, export.")
     p.add_argument("--model", required=True, help="a model folder or hub id")
     data(p)
     mmlu(p)
     p.add_argument("--out", required=True, help="a new or empty folder for everything that is made")
     p.add_argument("--recipe", default="default", help="a recipe's name, or a YAML file (default: default)")
+    p.add_argument("--gold", metavar="G", help="a model that never saw the forget rows, to compare with")
+    suite(p)
     checkpoints(p)
 
     p = add("demo", commands.demo, "The same job on a small model and a corpus made on the spot; nothing to download.")
     p.add_argument("--out", default="demo-out", help="a new or empty folder (default: demo-out)")
     p.add_argument("--recipe", default="demo", help="a recipe's name, or a YAML file (default: demo)")
+    suite(p)
     p.add_argument("--seed", type=int, default=0, help="of the corpus and the model (default: 0)")
     checkpoints(p)
 

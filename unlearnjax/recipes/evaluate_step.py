@@ -1,18 +1,22 @@
 """The evaluation of a run: the base, every finished candidate and every merge, by the same protocol."""
 
+import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from unlearnjax.adapters.apply import add_delta
-from unlearnjax.evaluation.journal import Journal
+from unlearnjax.evaluation.csvs import Scored, read_generations
+from unlearnjax.evaluation.full.asked import Asking
+from unlearnjax.evaluation.full.suite import SPLITS, Effort, Subjects, Texts, measure, yardsticks
+from unlearnjax.evaluation.journal import Journal, digest
 from unlearnjax.evaluation.mmlu import MmluScores, Prompts, mmlu_candidates
-from unlearnjax.evaluation.protocol import Progress, evaluate_candidates
+from unlearnjax.evaluation.protocol import Progress, decode, evaluate_candidates
 from unlearnjax.io.atomic import staged_file
 from unlearnjax.models.language_model import LanguageModel
 from unlearnjax.recipes.merge_step import Merged
@@ -40,6 +44,16 @@ def _stack_adapters(adapters: Sequence[PyTree[Array]]) -> PyTree[Array]:
 
     padded = [jax.tree.map(pad, t, is_leaf=_is_pair) for t in adapters]
     return jax.tree.map(lambda *xs: jnp.stack(xs), *padded)
+
+
+class Group(NamedTuple):
+    """Models that share base weights, which are made when they are needed. `kinds` are the report's."""
+
+    params: Callable[[], PyTree[Array]]
+    stack: PyTree[Array] | None
+    names: list[str]
+    kinds: list[str]
+    journal: Journal | None
 
 
 def _summary(pairs: Sequence[tuple[str, str]], count: int) -> list[str]:
@@ -82,6 +96,7 @@ def evaluate_all(
     data: Data,
     out: Path,
     *,
+    gold: LanguageModel | None = None,
     mmlu: Prompts | None = None,
     journal: Journal | None = None,
     progress: bool = False,
@@ -89,9 +104,12 @@ def evaluate_all(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Score the base, the candidates and the merges. Whatever is an adapter is scored in one program, side by side.
 
+    With `settings.suite` full, what the score hides is measured too (see `unlearnjax.evaluation.full.suite`).
+
     Args:
       candidates: adapters by name, with the scale folded in.
       out: gets a folder of CSV files per model under generations/.
+      gold: a model of the same sizes that never saw the forget rows; scored like the others.
       mmlu: MMLU is measured too, and a mmlu.json is in each of these folders.
       journal: keeps finished batches; those in it are not computed again. Its fingerprint must tell the base weights.
       stop: looked at after each batch.
@@ -110,32 +128,87 @@ def evaluate_all(
         stack = _stack_adapters([jax.tree.map(jnp.zeros_like, adapters[0][2]), *(lora for _, _, lora in adapters)])
     warnings: list[tuple[str, str]] = []
 
-    def evaluate(
-        params: PyTree[Array], stack: PyTree[Array] | None, named: list[tuple[str, str]], kept: Journal | None
-    ) -> list[dict]:
-        names = [name for name, _ in named]
-        folders = [out / "generations" / name for name in names]
+    def kept(name: str, changes: PyTree[Array] | None, **more: Any) -> Journal | None:
+        return None if journal is None else journal.within(name, adapters=weights_sha256(changes), **more)
+
+    names, kinds = ["base", *(name for name, _, _ in adapters)], ["base", *(kind for _, kind, _ in adapters)]
+    groups = [Group(lambda: model.params, stack, names, kinds, kept("base", stack))]
+    if gold is not None:
+        groups.insert(0, Group(lambda: gold.params, None, ["gold"], ["gold"], kept("gold", gold.params)))
+    for merged in merges:
+        if merged.delta is not None:
+            make = functools.partial(add_delta, model.params, merged.delta)
+            groups.append(Group(make, None, [merged.merge.name], ["merge"], kept(merged.merge.name, merged.delta)))
+
+    def official(group: Group) -> list[dict[str, Any]]:
+        folders = [out / "generations" / name for name in group.names]
         measured: list[MmluScores] = []
-        with bars(progress, f"evaluating {names[0]}" if len(names) == 1 else "evaluating", stop) as bar:
+        params, label = group.params(), f"evaluating {group.names[0]}" if len(group.names) == 1 else "evaluating"
+        with bars(progress, label, stop) as bar:
             if mmlu is not None:
-                measured = measure_mmlu(model, params, stack, mmlu, settings.batch_size, bar, kept)
+                measured = measure_mmlu(model, params, group.stack, mmlu, settings.batch_size, bar, group.journal)
             scores = evaluate_candidates(
-                model.model, params, stack, model.require_tokenizer(), *data,
+                model.model, params, group.stack, model.require_tokenizer(), *data,
                 mmlu=[m.average.accuracy for m in measured] or None,
                 max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size, out_folders=folders,
-                progress=bar, warn=lambda n, message: warnings.append((names[n], message)), journal=kept,
+                progress=bar, warn=lambda n, message: warnings.append((group.names[n], message)),
+                journal=group.journal,
             )  # fmt: skip
             for folder, one in zip(folders, measured):
                 write_mmlu(folder, one)
-        return [{"name": n, "kind": k, "scores": s} for (n, k), s in zip(named, scores, strict=True)]
+        each = zip(group.names, group.kinds, scores, strict=True)
+        return [{"name": name, "kind": kind, "scores": own} for name, kind, own in each]
 
-    def kept(name: str, changes: PyTree[Array] | None) -> Journal | None:
-        return None if journal is None else journal.within(name, adapters=weights_sha256(changes))
+    models = [entry for group in groups for entry in official(group)]
+    if settings.suite == "full":
+        found = evaluate_full(model, groups, models, settings, data, out, progress=progress, stop=stop)
+        models = [{**entry, "full": found[entry["name"]]} for entry in models]
+    order = ("base", "gold", "candidate", "merge")
+    return sorted(models, key=lambda entry: order.index(entry["kind"])), _summary(warnings, len(models))
 
-    together = [("base", "base"), *((name, kind) for name, kind, _ in adapters)]
-    models = evaluate(model.params, stack, together, kept("base", stack))
-    for merged in merges:
-        if merged.delta is not None:
-            changed, of = add_delta(model.params, merged.delta), kept(merged.merge.name, merged.delta)
-            models += evaluate(changed, None, [(merged.merge.name, "merge")], of)
-    return models, _summary(warnings, len(models))
+
+def evaluate_full(
+    model: LanguageModel,
+    groups: Sequence[Group],
+    models: Sequence[Mapping[str, Any]],
+    settings: Evaluation,
+    data: Data,
+    out: Path,
+    *,
+    progress: bool,
+    stop: Stop | None,
+) -> dict[str, dict[str, Any]]:
+    """What the score hides, by model. The gold model, if there is one, comes first among `groups`.
+
+    Args:
+      models: the report's, with their scores. out: holds their generations.
+    """
+    texts = Texts(data.forget, data.retain, data.members or (), data.nonmembers or ())
+    effort = Effort(settings.full_rows, settings.full_draws)
+    tokenizer, eos = model.require_tokenizer(), model.config.eos_token_ids
+    eos = eos or ((tokenizer.eos_token_id,) if tokenizer.eos_token_id is not None else ())
+    asking = Asking(tokenizer, decode, eos, settings.max_new_tokens, settings.batch_size)
+    scores = {entry["name"]: entry["scores"] for entry in models}
+
+    def outputs(name: str) -> dict[str, list[Scored]]:
+        folder = out / "generations" / name
+        return {split: read_generations(folder / f"{split}_0.csv") for split in SPLITS}
+
+    against = yardsticks(model.model, model.params, texts, outputs("base"), asking, effort)
+    found: dict[str, dict[str, Any]] = {}
+    for group in groups:
+        subjects = Subjects(
+            group.params(), group.stack, group.names, [outputs(name) for name in group.names],
+            [scores[name] for name in group.names],
+        )  # fmt: skip
+        gold = None if group.names == ["gold"] else found.get("gold")
+        journal = group.journal
+        if journal is not None:
+            journal = journal.within("full", effort=effort, gold=digest({"gold": gold, "asking": asking[2:]}))
+        with bars(progress, group.names[0] if len(group.names) == 1 else f"{len(group.names)} models", stop) as bar:
+            parts = measure(
+                model.model, subjects, texts, asking, effort, against, gold=gold,
+                gold_scores=None if gold is None else scores["gold"], journal=journal, progress=bar,
+            )  # fmt: skip
+        found |= dict(zip(group.names, parts, strict=True))
+    return found

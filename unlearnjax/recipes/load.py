@@ -1,5 +1,6 @@
 """Recipes by name (they ship with the package) or from a YAML file."""
 
+import dataclasses
 import functools
 import re
 from importlib import resources
@@ -74,3 +75,10 @@ def load_recipe(name_or_file: str) -> Recipe:
     except UnicodeDecodeError as error:
         raise UserError(f"{name_or_file}: not UTF-8 (byte {error.start}); save the file as UTF-8") from None
     return recipe_from(_parse(text, name_or_file), name_or_file)
+
+
+def with_suite(recipe: Recipe, suite: str | None) -> Recipe:
+    """The recipe with another evaluation suite; None leaves its own."""
+    if suite is None:
+        return recipe
+    return dataclasses.replace(recipe, evaluation=dataclasses.replace(recipe.evaluation, suite=suite))

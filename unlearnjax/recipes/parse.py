@@ -21,6 +21,7 @@ from unlearnjax.recipes.schema import (
 SECTIONS = ("name", "defaults", "candidates", "grid", "merges", "adapter", "training", "evaluation")
 HYPERPARAMETERS = tuple(f.name for f in dataclasses.fields(Candidate) if f.name != "name")
 # What the report and the output folder call other things.
+SUITES = ("official", "full")
 RESERVED = ("base", "gold", "best")
 # A candidate's or a merge's name is a folder's name, on every file system.
 _NAME = re.compile(r"\w[\w.,+=()\[\] -]*(?<![. ])")
@@ -109,6 +110,9 @@ _RANGES: dict[type, dict[str, _Range]] = {
         "max_new_tokens": _COUNT,
         "batch_size": _COUNT,
         "waypoint_rows": _COUNT,
+        "suite": _TEXT,
+        "full_rows": _COUNT,
+        "full_draws": _COUNT,
         "export": _TEXT,
     },
 }
@@ -298,6 +302,7 @@ def recipe_from(raw: Any, where: str) -> Recipe:
     check_known([training.order], ["bucketed", "published"], "order", f"{where}: training")
     evaluation = _section(Evaluation, raw.get("evaluation"), f"{where}: evaluation")
     check_known([evaluation.semantics], ["official"], "semantics", f"{where}: evaluation")
+    check_known([evaluation.suite], SUITES, "suite", f"{where}: evaluation")
     listed = enumerate(_list(raw.get("merges") or [], "merges", f"{where}: merges"), start=1)
     merges = tuple(_merge(m, [c.name for c in candidates], f"{where}: merge {i}") for i, m in listed)
     _check_names([c.name for c in candidates] + [m.name for m in merges], where)

@@ -1,5 +1,6 @@
 """Everything a run checks and reads before it computes anything: so that bad input costs nothing and leaves nothing."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from unlearnjax.evaluation.mmlu import Prompts, mmlu_prompts
 from unlearnjax.evaluation.protocol import PROBE_ROOM
 from unlearnjax.io.huggingface import load_config, load_tokenizer
 from unlearnjax.models.decoder import build
-from unlearnjax.models.language_model import LanguageModel
+from unlearnjax.models.language_model import LanguageModel, load_model
 from unlearnjax.objectives.objective import TERMS, Objective, objective
 from unlearnjax.recipes.schema import Candidate, Recipe
 from unlearnjax.training.hyperparameters import SCHEDULES, Hyperparameters, stack
@@ -76,6 +77,25 @@ def without_weights(folder: Path, source: str) -> LanguageModel:
     """
     config = load_config(folder)
     return LanguageModel(None, config, load_tokenizer(folder), build(config), source)
+
+
+def load_gold(gold: str | LanguageModel, model: LanguageModel, dtype: str) -> LanguageModel:
+    """A gold model to compare with.
+
+    Raises:
+      UserError: it cannot be loaded, or is not of the model's sizes, or has another vocabulary.
+    """
+    found = load_model(gold, dtype) if isinstance(gold, str) else gold
+    for field in dataclasses.fields(model.config):
+        ours, its = getattr(model.config, field.name), getattr(found.config, field.name)
+        if ours != its:
+            raise UserError(
+                f"{found.source}: is no gold model for {model.source}: its {field.name} is {its}, not {ours}; give one "
+                "of the same architecture that was trained without the forget rows"
+            )
+    if found.require_tokenizer().get_vocab() != model.require_tokenizer().get_vocab():
+        raise UserError(f"{found.source}: is no gold model for {model.source}: its tokenizer is another one")
+    return found
 
 
 def load_prompts(model: LanguageModel, mmlu_data: str, shots: int) -> Prompts:

@@ -31,7 +31,16 @@ from unlearnjax.recipes.describe import (
 )
 from unlearnjax.recipes.evaluate_step import evaluate_all
 from unlearnjax.recipes.merge_step import Exported, Merged, describe, export, merge_candidates
-from unlearnjax.recipes.prepare import Data, Prepared, Sources, load_data, load_prompts, prepare, without_weights
+from unlearnjax.recipes.prepare import (
+    Data,
+    Prepared,
+    Sources,
+    load_data,
+    load_gold,
+    load_prompts,
+    prepare,
+    without_weights,
+)
 from unlearnjax.recipes.progress import say_by_warning
 from unlearnjax.recipes.resume import (
     CHECKPOINTS,
@@ -142,6 +151,7 @@ def run(
     out: str | Path,
     recipe: Recipe,
     *,
+    gold: str | LanguageModel | None = None,
     mmlu_data: str | None = None,
     mmlu_shots: int = SHOTS,
     dtype: str = "float32",
@@ -162,6 +172,8 @@ def run(
         Face folder), generations/ (CSV), recipe.yml, report.json and report.html. Each appears whole; report.json comes
         last, so a folder without it is a run that did not end.
       recipe: see `unlearnjax.recipes.load.load_recipe`.
+      gold: a model that never saw the forget rows, to compare with: a folder, a hub id, or a loaded model, of the sizes
+        and the tokenizer of `model`.
       mmlu_data, mmlu_shots: measure MMLU of everything that is evaluated (see `load_mmlu`), which the official
         aggregate needs, with so many solved questions before each.
       dtype: of the base weights, when `model` is a name.
@@ -191,6 +203,7 @@ def run(
     assert isinstance(lm, LanguageModel)
     prepared = prepare(recipe, lm, data, sources)
     mmlu = None if mmlu_data is None else load_prompts(lm, mmlu_data, mmlu_shots)
+    reference = None if gold is None else load_gold(gold, lm, dtype)
     if folder is not None:
         lm = dataclasses.replace(lm, params=load_params(folder, lm.config, dtype))
 
@@ -227,7 +240,8 @@ def run(
             "candidates": described_candidates,
         }
         report = finish(
-            lm, recipe, data, trained, out, about, mmlu=mmlu, journal=journal, progress=progress, stop=stop
+            lm, recipe, data, trained, out, about, gold=reference, mmlu=mmlu, journal=journal, progress=progress,
+            stop=stop,
         )  # fmt: skip
         keeper.remove()
     finally:
@@ -243,6 +257,7 @@ def finish(
     out: Path,
     about: dict[str, Any],
     *,
+    gold: LanguageModel | None,
     mmlu: Prompts | None,
     journal: Journal,
     progress: bool,
@@ -252,7 +267,7 @@ def finish(
 
     Args:
       about: the report's parts that were known before training.
-      mmlu, journal, stop: see `evaluate_all`.
+      gold, mmlu, journal, stop: see `evaluate_all`.
     """
     save_candidates(out / "candidates", lm, recipe, trained)
     merges, notes = merge_all(recipe, trained)
@@ -260,7 +275,7 @@ def finish(
     adapters = scaled(trained.lora, trained.scale)
     models, more = evaluate_all(
         lm, {recipe.candidates[i].name: index(adapters, i) for i in finished(trained.result)}, [m for m, _ in merges],
-        recipe.evaluation, data, out, mmlu=mmlu, journal=journal, progress=progress, stop=stop,
+        recipe.evaluation, data, out, gold=gold, mmlu=mmlu, journal=journal, progress=progress, stop=stop,
     )  # fmt: skip
 
     report: dict[str, Any] = {

@@ -102,6 +102,8 @@ class Merge:
 class Evaluation:
     """The official protocol's settings. `export`: the merge to write as a model: `best`, or its name.
 
+    `suite`: `official`, or `full`, which measures what the score hides, on `full_rows` forget rows where they are asked
+    again and again, with `full_draws` draws of each.
     `waypoint_rows`: rows of each split that are asked at each of training's waypoints, evenly of tasks and kinds.
     """
 
@@ -109,6 +111,9 @@ class Evaluation:
     max_new_tokens: int = 256
     batch_size: int = 32
     waypoint_rows: int = 96
+    suite: str = "official"
+    full_rows: int = 32
+    full_draws: int = 64
     export: str = "best"
 
 

@@ -31,7 +31,7 @@ class Point(NamedTuple):
     forgotten: float
 
 
-def curve_panel(title: str, curves: Sequence[Curve]) -> Markup | None:
+def curve_panel(title: str, curves: Sequence[Curve], axis: str = "update") -> Markup | None:
     """A figure with a line per candidate, named at its end; None if no value is finite."""
     drawn = [(index, curve, _finite(curve)) for index, curve in enumerate(curves)]
     drawn = [item for item in drawn if item[2]]
@@ -45,7 +45,7 @@ def curve_panel(title: str, curves: Sequence[Curve]) -> Markup | None:
     y = svg.value_scale([value for _, _, points in drawn for _, value in points], frame.bottom, frame.top)
     # The title says what is drawn; a scale that is not linear must be said too.
     heading = title if y.name == "linear" else f"{title} ({y.name} scale)"
-    parts = [element("title", f"{heading}, by update"), svg.axes(frame, x, y, "update", "")]
+    parts = [element("title", f"{heading}, by {axis}"), svg.axes(frame, x, y, axis, "")]
     parts.append(element("text", heading, class_="heading", x=6, y=16))
     ends = []
     for index, curve, points in drawn:

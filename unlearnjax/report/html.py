@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from unlearnjax.report import charts, schema, tables, trajectory
+from unlearnjax.report import charts, hidden, schema, tables, trajectory
 from unlearnjax.report.markup import Child, Markup, element, group
 from unlearnjax.report.scores import KIND_NAMES, KINDS, Ranking, best, fixed, forgotten, ordered, ranking, retained
 from unlearnjax.report.scores import render_markdown_table as render_markdown_table  # part of this module's interface
@@ -34,6 +34,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         _warnings(report["warnings"]),
         _section("Scores", tables.scores_table(report["models"]), *_score_notes(report["models"])),
         _plane(report["models"]),
+        hidden.section(report["models"]),
         _section("Scores by task", tables.task_table(report["models"]), _TASK_NOTE),
         _curves(report["candidates"]),
         *trajectory.sections(report["candidates"]),

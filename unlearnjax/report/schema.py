@@ -44,6 +44,16 @@ def _anything(value: Any, path: str) -> None:
     """Recipes and hyperparameters are plain data whose keys are checked where they are read."""
 
 
+def _finite(value: Any, path: str) -> None:
+    """Plain data without NaN or infinities; the metrics' own files say what is in it."""
+    if isinstance(value, dict):
+        _mapping_of(_finite)(value, path)
+    elif isinstance(value, list | tuple):
+        _list_of(_finite)(list(value), path)
+    elif isinstance(value, float):
+        _number(value, path)
+
+
 def _one_of(*names: str) -> Check:
     def check(value: Any, path: str) -> None:
         _string(value, path)
@@ -208,7 +218,10 @@ _REPORT = _record(
             )
         ),
         "models": _list_of(
-            _record({"name": _string, "kind": _one_of("base", "gold", "candidate", "merge"), "scores": _SCORES})
+            _record(
+                {"name": _string, "kind": _one_of("base", "gold", "candidate", "merge"), "scores": _SCORES},
+                optional={"full": _mapping_of(_finite)},
+            )
         ),
         "warnings": _list_of(_string),
     },

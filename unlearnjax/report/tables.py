@@ -43,7 +43,7 @@ def scores_table(models: Sequence[Model]) -> Markup:
         rows.append(
             element(
                 "tr",
-                _name(model),
+                name_cell(model),
                 rank["task_aggregate"],
                 number(scores["membership_auc"], scores["membership_auc_interval"]),
                 rank["membership_score"],
@@ -75,7 +75,7 @@ def task_table(models: Sequence[Model]) -> Markup:
         lower.append(number_head("NLL", first=not names))
     rows = []
     for model in ordered(models):
-        cells = [_name(model)]
+        cells = [name_cell(model)]
         for split, _ in splits:
             scored = model["scores"][split]
             values = [scored.get(task, {}).get(kind) for task in names for kind, _ in kinds]
@@ -164,7 +164,7 @@ def number_head(title: str, first: bool = False) -> Markup:
     return element("th", title, scope="col", class_="r first" if first else "r")
 
 
-def _name(model: Model) -> Markup:
+def name_cell(model: Model) -> Markup:
     return element("th", kind_mark(model["kind"]), model["name"], scope="row", class_="model")
 
 

@@ -49,7 +49,10 @@ def test_shares_area_and_half_by_hand():
 
 def test_rows_that_are_asked_are_of_other_documents():
     attacked, others = split_rows(ROWS, 4, 100)
-    assert len(attacked) == 4 and {r.id[:2] for r in attacked}.isdisjoint({r.id[:2] for r in others}) and others
+    assert [r.id for r in attacked] == ["d1sc1", "d1qa0", "d3sc1", "d3qa0"]
+    assert [r.id for r in others] == ["d0sc1", "d0qa0", "d2sc1", "d2qa0"]
+    attacked, others = split_rows(ROWS, 100, 3)  # never more than half of the documents
+    assert len(attacked) == 4 and len(others) == 3
     with pytest.raises(UserError, match="several documents"):
         split_rows(ROWS[:2], 2, 10)
 

@@ -51,20 +51,24 @@ class Attack(NamedTuple):
 
 
 def split_rows(rows: Sequence[Row], attacked: int, most: int) -> tuple[list[Row], list[Row]]:
-    """The attacked rows, and at most `most` rows of documents that none of them is from; both of every task and kind.
+    """At most `attacked` rows of at most half of the documents, and at most `most` rows of the others.
+
+    Documents are taken evenly in the order of their tasks, rows evenly of every task and kind.
 
     Raises:
-      UserError: no row of a known kind, or none of another document is left.
+      UserError: there are not two documents.
     """
-    chosen = spread(rows, attacked)
-    known = {document_of(row.id) for row in chosen}
-    others = spread([row for row in rows if document_of(row.id) not in known], most)
-    if not chosen or not others:
+    known = spread(rows, len(rows))
+    documents = list(dict.fromkeys(document_of(row.id) for row in sorted(known, key=lambda row: row.task)))
+    if len(documents) < 2:
         raise UserError(
             "relearning needs forget rows of several documents, with ids that end in sc<digit> or qa<digit>; "
-            f"{len(chosen)} rows would be attacked and {len(others)} asked"
+            f"there are {len(documents)}"
         )
-    return chosen, others
+    count = min(len(documents) // 2, -(-attacked * len(documents) // len(known)))
+    chosen = {documents[int((i + 0.5) * len(documents) / count)] for i in range(count)}
+    own, others = ([row for row in known if (document_of(row.id) in chosen) == inside] for inside in (True, False))
+    return spread(own, attacked), spread(others, most)
 
 
 def _below(lora: PyTree[Array] | None) -> PyTree[Array]:
