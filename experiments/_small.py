@@ -44,7 +44,7 @@ def small_models(
             start = init_params(model.abstract(jnp.float32), jax.random.key(seed))
             params, losses = memorise(
                 model, start, tokenizer, rows, epochs=epochs, buckets=6, seed=seed, progress=True,
-                label=f"memorising ({name})",
+                label=f"memorising ({name})", checkpoints=work / f"{name}-seed{seed}.checkpoints",
             )  # fmt: skip
             print(f"{name}: loss {losses[0]:.2f} -> {losses[-1]:.3f} over {len(losses)} updates", file=sys.stderr)
             save_model(LanguageModel(params, config, tokenizer, model, name), folder)
