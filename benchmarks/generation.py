@@ -3,8 +3,8 @@
     python benchmarks/generation.py --out benchmarks/results/generation_cpu.json
     ... --new-tokens 256 --forget LUME/forget_train.parquet --retain LUME/retain_train.parquet
 
-Prompts are the forget rows', the same mix of lengths for every point: 8 at batch 1, 64 otherwise, so that batch 64 is a
-single batch, padded to the longest prompt of all, and batch 32 is two, of the long ones and of the short ones. There is
+Prompts are the forget rows', the same mix of lengths for every point: 8 at batch 1, 256 at the larger batches, of which
+there are several then, of like lengths, as there are of a whole split (64 per candidate for N = 8). There is
 no end token, so every row runs to --new-tokens: a model with random weights hardly ever ends a row, and where it did
 the amount of work would hang on chance. Real models end most rows early, which favours batches that stop when all rows
 have ended (ours) and rows one at a time (transformers at batch 1) over transformers' batches.
@@ -174,9 +174,9 @@ def main() -> None:
     p.add_argument("--candidates", type=int, default=8)
     a = bench.parse(p)
     laps = a.laps or (1 if a.quick else 3)
-    few, many, limit = (2, 4, 4) if a.quick else (8, 64, a.new_tokens)
+    few, many, each, limit = (2, 4, 4, 4) if a.quick else (8, 256, 64, a.new_tokens)
     batches = (1, 4) if a.quick else (1, 32, 64)
-    ours = [Point(b, n, few if b == 1 else many) for n in (0, a.candidates) for b in batches]
+    ours = [Point(b, n, few if b == 1 else each if n else many) for n in (0, a.candidates) for b in batches]
     theirs = [Point(b, 0, few if b == 1 else many) for b in batches[:2]]
     with tempfile.TemporaryDirectory() as folder:
         subject = bench.in_child(prepare, folder + "/model", a, a.candidates)
