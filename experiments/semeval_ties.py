@@ -31,7 +31,7 @@ from _small import small_models
 from unlearnjax.data.rows import Document, load_documents, load_rows, write_documents, write_rows
 from unlearnjax.data.synthetic import make_corpus
 from unlearnjax.models.language_model import load_model
-from unlearnjax.recipes.load import load_recipe
+from unlearnjax.recipes.load import load_recipe, with_suite
 from unlearnjax.recipes.prepare import Sources
 from unlearnjax.recipes.run import run
 from unlearnjax.report.figure import scatter_svg
@@ -45,17 +45,22 @@ def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--forget", required=True)
     p.add_argument("--retain", required=True)
+    p.add_argument("--members", help="documents of the forget set (default: made of its Task3 rows)")
     p.add_argument("--nonmembers", help="documents the model has not seen, of the kind of the forget set's Task3")
     p.add_argument("--scale", choices=("small", "paper"), default="small")
     p.add_argument("--model", help="for --scale paper: a folder or hub id")
     p.add_argument("--gold", help="for --scale paper: a model trained on the retain set only")
     p.add_argument("--recipe", help="default: experiments/semeval_ties_small.yml, or zjuklab at the paper's scale")
     p.add_argument("--dtype", default="float32")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0, help="added to the candidates' seeds, and the training's")
+    p.add_argument("--model-seed", type=int, default=0, help="of the small models")
+    p.add_argument("--epochs", type=int, default=EPOCHS, help="the small models' passes over their rows")
+    p.add_argument("--evaluate", choices=("official", "full"))
     p.add_argument("--work", default="out/semeval_ties_models", help="where the small models are kept between runs")
     p.add_argument("--out", required=True)
     p.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out")
     p.add_argument("--results", default=str(HERE / "results"), help="where the figures to keep go")
+    p.add_argument("--name", help="of these figures' files (default: semeval_ties_SCALE)")
     return p.parse_args()
 
 
@@ -63,15 +68,15 @@ def main() -> None:
     a = arguments()
     forget, retain = load_rows(a.forget), load_rows(a.retain)
     nonmembers = load_documents(a.nonmembers) if a.nonmembers else []
-    members = [
+    members = load_documents(a.members) if a.members else [
         Document(r.id.removesuffix("sc1"), f"{r.input} {r.output}")
         for r in forget
         if r.task == "Task3" and r.id[:-1].endswith("sc")
-    ]
-    probe = make_corpus(a.seed).neutral
+    ]  # fmt: skip
+    probe = make_corpus(a.model_seed).neutral
     if a.scale == "small":
         base, gold = small_models(
-            Path(a.work), forget, retain, probe, [*members, *nonmembers], seed=a.seed, epochs=EPOCHS
+            Path(a.work), forget, retain, probe, [*members, *nonmembers], seed=a.model_seed, epochs=a.epochs
         )
     else:
         base, gold = load_model(a.model, a.dtype), load_model(a.gold, a.dtype) if a.gold else None
@@ -88,11 +93,16 @@ def main() -> None:
         str(data / "probe.jsonl") if a.scale == "small" else None,
     )
     recipe = load_recipe(a.recipe or {"small": str(HERE / "semeval_ties_small.yml"), "paper": "zjuklab"}[a.scale])
-    recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, seed=a.seed))
+    training = dataclasses.replace(recipe.training, seed=recipe.training.seed + a.seed)
+    candidates = tuple(
+        dataclasses.replace(c, init_seed=c.init_seed + a.seed, order_seed=c.order_seed + a.seed)
+        for c in recipe.candidates
+    )  # fmt: skip
+    recipe = with_suite(dataclasses.replace(recipe, training=training, candidates=candidates), a.evaluate)
     command = ["python", "experiments/semeval_ties.py", "--scale", a.scale]
     title = f"ZJUKLAB's system on LUME ({a.scale})"
     report = run(base, sources, a.out, recipe, gold=gold, command=command, title=title, resume=a.resume)
-    save_results(report, Path(a.results), f"semeval_ties_{a.scale}")
+    save_results(report, Path(a.results), a.name or f"semeval_ties_{a.scale}")
     print(render_markdown_table(report))
 
 
