@@ -14,7 +14,7 @@ from unlearnjax.models.abstract import init_params
 from unlearnjax.recipes.load import with_suite
 from unlearnjax.recipes.memorise import memorise
 from unlearnjax.recipes.parse import recipe_from
-from unlearnjax.recipes.prepare import load_gold
+from unlearnjax.recipes.prepare import load_reference
 from unlearnjax.recipes.run import run
 from unlearnjax.report.schema import read_report
 
@@ -88,7 +88,25 @@ def test_another_model_is_no_gold(world, gold):
     base = world[0]
     other = dataclasses.replace(gold, config=dataclasses.replace(gold.config, layers=1))
     with pytest.raises(UserError, match="its layers is 1, not 2"):
-        load_gold(other, base, "float32")
+        load_reference(other, base, "float32", "gold model")
+
+
+def test_evaluate_measures_the_same_of_an_adapter(world, gold, done, tmp_path, capsys):
+    base, _, sources = world
+    out, models = done
+    data = [x for name in ("forget", "retain", "members", "nonmembers") for x in (f"--{name}", getattr(sources, name))]
+    command = ["evaluate", "--model", base.source, *data, "--max-new-tokens", "12", "--quiet", "--evaluate", "full"]
+    assert main([*command, "--out", str(tmp_path / "no")]) == 2
+    assert "give it as --original" in capsys.readouterr().err and not (tmp_path / "no").exists()
+    adapter = ["--adapter", str(out / "candidates" / "one"), "--gold", gold.source]
+    assert main([*command, *adapter, "--out", str(tmp_path / "scores")]) == 0
+    found = json.loads((tmp_path / "scores" / "full.json").read_text("utf-8"))
+    assert set(found) == {"model", "gold"} and not (tmp_path / "scores" / "journal").exists()
+    for part in ("personal", "rouge"):
+        assert found["model"][part] == models["one"]["full"][part]
+    assert found["model"]["gold_gap"]["terms"] == models["one"]["full"]["gold_gap"]["terms"]
+    attack = models["one"]["full"]["membership"]["attacks"]["reference"]["auc"]
+    assert found["model"]["membership"]["attacks"]["reference"]["auc"] == attack
 
 
 def test_the_suite_is_chosen_on_the_command_line(tmp_path, capsys):

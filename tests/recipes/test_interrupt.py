@@ -1,6 +1,5 @@
 """A run that is stopped leaves whole files or none, and resumed it ends as if it had not been stopped."""
 
-import functools
 import hashlib
 import json
 import os
@@ -81,12 +80,17 @@ def stopping(monkeypatch, step, how):
     """From now on a run is stopped after its step `step` by `how()`; returns the steps that are done."""
     steps = []
 
-    def after(done, states):
-        steps.append(done)
-        if done == step:
-            how()
+    def stopped(*args, after_step=None, **options):
+        def after(done, states):
+            if after_step is not None:
+                after_step(done, states)
+            steps.append(done)
+            if done == step:
+                how()
 
-    monkeypatch.setattr(module, "train", functools.partial(train, after_step=after))
+        return train(*args, after_step=after, **options)
+
+    monkeypatch.setattr(module, "train", stopped)
     return steps
 
 

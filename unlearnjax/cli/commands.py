@@ -93,8 +93,9 @@ def evaluate(a: argparse.Namespace) -> None:
 
     scores = evaluate(
         a.model, _sources(a), a.out, adapter=a.adapter, mmlu_file=a.mmlu, mmlu_data=a.mmlu_data,
-        mmlu_shots=a.mmlu_shots, dtype=a.dtype, max_new_tokens=a.max_new_tokens, batch_size=a.batch_size,
-        progress=not a.quiet, warn=_warn, resume=a.resume, stop=a.stop, say=say,
+        mmlu_shots=a.mmlu_shots, suite=a.evaluate or "official", original=a.original, gold=a.gold, dtype=a.dtype,
+        max_new_tokens=a.max_new_tokens, batch_size=a.batch_size, progress=not a.quiet, warn=_warn, resume=a.resume,
+        stop=a.stop, say=say,
     )  # fmt: skip
     print(json.dumps(scores, indent=1))
 

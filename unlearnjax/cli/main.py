@@ -67,9 +67,9 @@ def parser() -> argparse.ArgumentParser:
             help="of training, after which it is saved so that --resume goes on from there (default: 120)",
         )  # fmt: skip
 
-    def suite(p: argparse.ArgumentParser) -> None:
+    def suite(p: argparse.ArgumentParser, default: str = "the recipe's") -> None:
         p.add_argument(
-            "--evaluate", choices=("official", "full"), help="full: also what the score hides (default: the recipe's)"
+            "--evaluate", choices=("official", "full"), help=f"full: also what the score hides (default: {default})"
         )
 
     p = add("run", commands.run, "Unlearn: train candidates, merge, evaluate, export.")
@@ -96,6 +96,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--mmlu", metavar="FILE", help="a metrics.json with average_acc, as the official script reads it")
     mmlu(p)
     p.add_argument("--out", required=True, help="a new or empty folder for generations and scores.json")
+    suite(p, "official")
+    p.add_argument("--original", metavar="O", help="the model before unlearning, for --evaluate full without --adapter")
+    p.add_argument("--gold", metavar="G", help="a model that never saw the forget rows, for --evaluate full")
     p.add_argument("--max-new-tokens", type=int, default=256, help="default: 256, the official value")
     p.add_argument("--batch-size", type=int, default=32, help="rows generated at once (default: 32)")
     going_on(p, "evaluation")

@@ -161,7 +161,8 @@ def evaluate_all(
 
     models = [entry for group in groups for entry in official(group)]
     if settings.suite == "full":
-        found = evaluate_full(model, groups, models, settings, data, out, progress=progress, stop=stop)
+        folders = {entry["name"]: out / "generations" / entry["name"] for entry in models}
+        found = evaluate_full(model, groups, models, settings, data, folders, progress=progress, stop=stop)
         models = [{**entry, "full": found[entry["name"]]} for entry in models]
     order = ("base", "gold", "candidate", "merge")
     return sorted(models, key=lambda entry: order.index(entry["kind"])), _summary(warnings, len(models))
@@ -173,15 +174,17 @@ def evaluate_full(
     models: Sequence[Mapping[str, Any]],
     settings: Evaluation,
     data: Data,
-    out: Path,
+    folders: Mapping[str, Path],
     *,
     progress: bool,
     stop: Stop | None,
 ) -> dict[str, dict[str, Any]]:
-    """What the score hides, by model. The gold model, if there is one, comes first among `groups`.
+    """What the score hides, by model.
 
     Args:
-      models: the report's, with their scores. out: holds their generations.
+      model: the one before unlearning, which the others are measured against.
+      groups: what to measure. The gold model, if there is one, comes first, alone and by that name.
+      models: name and scores of each of them. folders: by name, where their generations are.
     """
     texts = Texts(data.forget, data.retain, data.members or (), data.nonmembers or ())
     effort = Effort(settings.full_rows, settings.full_draws)
@@ -191,10 +194,9 @@ def evaluate_full(
     scores = {entry["name"]: entry["scores"] for entry in models}
 
     def outputs(name: str) -> dict[str, list[Scored]]:
-        folder = out / "generations" / name
-        return {split: read_generations(folder / f"{split}_0.csv") for split in SPLITS}
+        return {split: read_generations(folders[name] / f"{split}_0.csv") for split in SPLITS}
 
-    against = yardsticks(model.model, model.params, texts, outputs("base"), asking, effort)
+    against = yardsticks(model.model, model.params, texts, outputs(groups[0].names[0]), asking, effort)
     found: dict[str, dict[str, Any]] = {}
     for group in groups:
         subjects = Subjects(

@@ -79,22 +79,25 @@ def without_weights(folder: Path, source: str) -> LanguageModel:
     return LanguageModel(None, config, load_tokenizer(folder), build(config), source)
 
 
-def load_gold(gold: str | LanguageModel, model: LanguageModel, dtype: str) -> LanguageModel:
-    """A gold model to compare with.
+def load_reference(other: str | LanguageModel, model: LanguageModel, dtype: str, role: str) -> LanguageModel:
+    """Another model to compare with.
+
+    Args:
+      role: what it is to be, such as `gold model`.
 
     Raises:
       UserError: it cannot be loaded, or is not of the model's sizes, or has another vocabulary.
     """
-    found = load_model(gold, dtype) if isinstance(gold, str) else gold
+    found = load_model(other, dtype) if isinstance(other, str) else other
     for field in dataclasses.fields(model.config):
         ours, its = getattr(model.config, field.name), getattr(found.config, field.name)
         if ours != its:
             raise UserError(
-                f"{found.source}: is no gold model for {model.source}: its {field.name} is {its}, not {ours}; give one "
-                "of the same architecture that was trained without the forget rows"
+                f"{found.source}: cannot be the {role} of {model.source}: its {field.name} is {its}, not {ours}; give "
+                "one of the same architecture"
             )
     if found.require_tokenizer().get_vocab() != model.require_tokenizer().get_vocab():
-        raise UserError(f"{found.source}: is no gold model for {model.source}: its tokenizer is another one")
+        raise UserError(f"{found.source}: cannot be the {role} of {model.source}: its tokenizer is another one")
     return found
 
 

@@ -36,8 +36,8 @@ from unlearnjax.recipes.prepare import (
     Prepared,
     Sources,
     load_data,
-    load_gold,
     load_prompts,
+    load_reference,
     prepare,
     without_weights,
 )
@@ -203,7 +203,7 @@ def run(
     assert isinstance(lm, LanguageModel)
     prepared = prepare(recipe, lm, data, sources)
     mmlu = None if mmlu_data is None else load_prompts(lm, mmlu_data, mmlu_shots)
-    reference = None if gold is None else load_gold(gold, lm, dtype)
+    reference = None if gold is None else load_reference(gold, lm, dtype, "gold model")
     if folder is not None:
         lm = dataclasses.replace(lm, params=load_params(folder, lm.config, dtype))
 
