@@ -64,3 +64,15 @@ def test_the_chat_template_is_a_way(monkeypatch, asking):
     asking.tokenizer.chat_template = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
     (found,) = ask(monkeypatch, asking, lambda prompt: "Ann" if prompt == "<Who is he?>" else "")
     assert found["by_probe"]["chat"] == {"rows": 2, "leak": 0.5}
+
+
+def test_a_prefix_is_the_golds_own_tokens(asking):
+    """Without a space between prompt and gold their tokens in one are other tokens, cut elsewhere."""
+    row = Row("a1sc1", "It is said to have", "the power to break any curse of the old king", "Task1")
+    tokenizer = train_tokenizer([row.input, row.output, row.input + row.output] * 20, 400)
+    prompt, whole = tokenizer(row.input).input_ids, tokenizer(row.input + row.output).input_ids
+    assert whole[: len(prompt)] != prompt
+    found = probes._probes([row], asking._replace(tokenizer=tokenizer), 64)
+    (one,) = [probe for probe in found if probe.name.startswith("prefix")]
+    given = decode(tokenizer, [one.ids])[0]
+    assert given.startswith("It is said to havethe") and given + one.scored.output == row.input + row.output

@@ -84,3 +84,24 @@ def test_changed_codes_are_counted_by_hand(tiny):
     weights = sum(np.prod(params["layers"][b][n]["weight"].shape) for n, (b, _, _) in model.config.linears.items())
     assert changed_share(model, params, other, "int8") == pytest.approx(int((before != 0).sum()) / weights)
     assert changed_share(model, params, params, "int4") == 0.0
+
+
+def test_an_update_below_bfloat16_is_lost_in_the_merge_alone(tiny):
+    """Each weight moves by less than half its last bit. Beside the weights the adapter works; merged into them it is
+    gone. So it would be in `full`, and the gap 0, if that were merged in the weights' dtype."""
+    model, params, asking = tiny
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    # Inputs of one sign, so that the changes of a row add up while its weights cancel.
+    params["embed"]["weight"] = jnp.abs(params["embed"]["weight"])
+    up = params["layers"]["mlp"]["up"]["weight"].astype(jnp.float32)
+    change = jnp.abs(up) * 2.0**-9
+    lora = {"layers": {"mlp": {"up": {"a": jnp.eye(16)[None, None], "b": change[None]}}}}
+    (found,) = quantisation(model, params, lora, ROWS, asking, params)
+    (trained,) = knowledge(model, params, lora, ROWS, asking)
+    (original,) = knowledge(model, params, None, ROWS, asking)
+    assert found["full"] == trained and found["bfloat16"] == original
+    assert found["gap"]["bfloat16"]["nll"] == original["nll"] - trained["nll"] != 0.0
+    # The codes are those of the float32 sum.
+    weights = sum(np.prod(params["layers"][b][n]["weight"].shape) for n, (b, _, _) in model.config.linears.items())
+    moved = int((codes(up, 8)[0] != codes(up + change, 8)[0]).sum())
+    assert moved > 0 and found["changed"]["int8"] == pytest.approx(moved / weights)

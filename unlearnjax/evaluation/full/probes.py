@@ -60,13 +60,13 @@ class Probe(NamedTuple):
 def _probes(rows: Sequence[Row], asking: Asking, room: int) -> list[Probe]:
     tokenizer = asking.tokenizer
     prompts = tokens_of(tokenizer, [row.input for row in rows])
-    whole = tokens_of(tokenizer, [row.input + row.output for row in rows])
+    # By itself, as in training: prompt and answer in one may be cut across where they meet.
+    golds = tokenizer([row.output for row in rows], add_special_tokens=False)["input_ids"] if rows else []
     found = []
-    for place, (row, prompt, ids) in enumerate(zip(rows, prompts, whole, strict=True)):
+    for place, (row, prompt, gold) in enumerate(zip(rows, prompts, golds, strict=True)):
         found.append(Probe("as trained", place, prompt, row))
         for name, text in reworded(row, tokenizer).items():
             found.append(Probe(name, place, tokens_of(tokenizer, [text])[0], row))
-        gold = ids[len(prompt) :]
         for k in PREFIXES:
             if 2 * k <= len(gold):
                 rest = asking.decode(tokenizer, [gold[k:]])[0]

@@ -2,7 +2,8 @@
 
 An update that is small against the steps of a quantised weight can be rounded away: methods that keep utility kept 21%
 of the forgotten knowledge at full precision and 83% after 4-bit quantisation (2410.16454), and a LoRA merged into
-bfloat16 weights may lie below their resolution. So W + B A is formed, rounded, and asked again:
+bfloat16 weights may lie below their resolution. So W + B A is formed in float32, rounded, and asked again; `full` is
+the model as it was trained, its adapter beside weights that were not touched:
 
     bfloat16   the cast
     int8       symmetric, round to nearest, one scale per output channel
@@ -21,7 +22,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, PyTree
 
-from unlearnjax.adapters.apply import add_delta
 from unlearnjax.adapters.lora import lora_weights
 from unlearnjax.data.rows import Row
 from unlearnjax.evaluation.full.asked import Asking, knowledge
@@ -50,21 +50,34 @@ def rounded(weight: Float[Array, "... out in"], kind: str) -> Float[Array, "... 
     return (found.astype(jnp.float32) * scale).reshape(weight.shape).astype(weight.dtype)
 
 
-def quantised(model: Model, params: PyTree[Array], kind: str) -> PyTree[Array]:
-    """The parameters with every linear of the layers `rounded`."""
+def merged(params: PyTree[Array], lora: PyTree[Array] | None, block: str, name: str) -> Float[Array, "layers out in"]:
+    """W + B A of one linear of every layer, float32: in the weights' dtype a small update would be lost before it is
+    rounded."""
+    weight = params["layers"][block][name]["weight"].astype(jnp.float32)
+    pair = None if lora is None else lora["layers"].get(block, {}).get(name)
+    return weight if pair is None else weight + lora_weights(pair)["weight"]
+
+
+def quantised(model: Model, params: PyTree[Array], kind: str, lora: PyTree[Array] | None = None) -> PyTree[Array]:
+    """The parameters with every linear of the layers `merged` and `rounded`, in the dtype it had."""
     layers = {
         block: dict(modules) if isinstance(modules, dict) else modules for block, modules in params["layers"].items()
     }
     for name, (block, _, _) in model.config.linears.items():
-        layers[block][name] = {**layers[block][name], "weight": rounded(layers[block][name]["weight"], kind)}
+        own = layers[block][name]
+        weight = rounded(merged(params, lora, block, name), kind).astype(own["weight"].dtype)
+        layers[block][name] = {**own, "weight": weight}
     return {**params, "layers": layers}
 
 
-def changed_share(model: Model, before: PyTree[Array], after: PyTree[Array], kind: str) -> float:
-    """The share of linear weights whose code differs between two models."""
+def changed_share(
+    model: Model, before: PyTree[Array], after: PyTree[Array], kind: str, lora: PyTree[Array] | None = None
+) -> float:
+    """The share of linear weights whose code differs between two models, the second with an adapter merged into it."""
     differing = total = 0
     for name, (block, _, _) in model.config.linears.items():
-        own = [codes(params["layers"][block][name]["weight"], BITS[kind])[0] for params in (before, after)]
+        weights = merged(before, None, block, name), merged(after, lora, block, name)
+        own = [codes(weight, BITS[kind])[0] for weight in weights]
         differing += int(jnp.sum(own[0] != own[1]))
         total += own[0].size
     return differing / total
@@ -80,7 +93,7 @@ def quantisation(
     *,
     progress: Callable[[int], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """The scores of N candidates on forget rows at full precision and rounded; one model at a time.
+    """The scores of N candidates on forget rows at full precision (all at once) and rounded (one model at a time).
 
     Args:
       lora: adapters stacked to [N, ...] with the scale folded into `b`; None is `params` alone.
@@ -91,18 +104,15 @@ def quantisation(
       Per candidate full, bfloat16, int8 and int4, each {leak, nll} (see `knowledge`); gap {kind: {leak, nll}}, None
       where one of the two is; changed {int8, int4}.
     """
-    quantise = jax.jit(lambda params, kind: quantised(model, params, kind), static_argnames="kind")
-    count = 1 if lora is None else jax.tree.leaves(lora)[0].shape[0]
+    quantise = jax.jit(lambda params, lora, kind: quantised(model, params, kind, lora), static_argnames="kind")
     results = []
-    for n in range(count):
-        whole = params
-        if lora is not None:
-            whole = add_delta(params, lora_weights(jax.tree.map(lambda x, n=n: x[n], lora)))
-        found: dict[str, Any] = {"full": knowledge(model, whole, None, rows, asking)[0]}
+    for n, full in enumerate(knowledge(model, params, lora, rows, asking)):
+        own = None if lora is None else jax.tree.map(lambda x, n=n: x[n], lora)
+        found: dict[str, Any] = {"full": full}
         for kind in ("bfloat16", *BITS):
-            found[kind] = knowledge(model, quantise(whole, kind), None, rows, asking)[0]
+            found[kind] = knowledge(model, quantise(params, own, kind), None, rows, asking)[0]
         gap = {kind: _difference(found[kind], found["full"]) for kind in ("bfloat16", *BITS)}
-        changed = {kind: changed_share(model, original, whole, kind) for kind in BITS}
+        changed = {kind: changed_share(model, original, params, kind, own) for kind in BITS}
         results.append({**found, "gap": gap, "changed": changed})
         if progress is not None:
             progress(1)

@@ -37,6 +37,8 @@ from unlearnjax.training.state import State
 from unlearnjax.training.step import Task
 
 STEPS = (0, 1, 2, 4, 8, 16, 32)
+# A smaller loss of knowledge is none: of the NLL, other programs' rounding alone makes a part of it (bfloat16).
+LEAST = {"leak": 1e-6, "nll": 0.01}
 
 
 class Attack(NamedTuple):
@@ -205,12 +207,16 @@ def original_knowledge(
 def recovery(
     curve: Sequence[dict[str, float | None]], goal: dict[str, float | None], steps: Sequence[int]
 ) -> dict[str, Any]:
-    """Leak and NLL by step, the shares of what was forgotten that are back, and their area and half (of the leak)."""
+    """Leak and NLL by step, the shares of what was forgotten that are back, and their area and half (of the leak).
+
+    The shares are None where no more than `LEAST` had been forgotten: so too where more leaks than of the original.
+    """
     back: dict[str, list[float | None] | None] = {}
     for name in ("leak", "nll"):
         values = [at[name] for at in curve]
         first, last = values[0], goal[name]
-        if first is None or last is None or abs(last - first) < 1e-6:
+        forgotten = 0.0 if first is None or last is None else last - first if name == "leak" else first - last
+        if first is None or last is None or forgotten < LEAST[name]:
             back[name] = None
         else:
             back[name] = [None if x is None else (x - first) / (last - first) for x in values]
