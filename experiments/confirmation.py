@@ -1,19 +1,20 @@
 """Does merging beat the best single candidate? Chosen on the validation split, measured on LUME's train split.
 
-First the runs, one per seed (hours on 2 CPU cores; the same command goes on after a stop with --resume added):
+First the run, in which the seeds are candidates of one program (hours on 2 CPU cores; the same command goes on after a
+stop with --resume added):
 
     python experiments/semeval_ties.py --forget LUME/forget_train.parquet --retain LUME/retain_train.parquet \\
         --members LUME/mia/member.jsonl --nonmembers LUME/mia/nonmember.jsonl --epochs 30 \\
-        --recipe experiments/confirmation.yml --work out/confirmation_models --seed S --out out/confirmation-S \\
-        --results out/confirmation-S-figures
+        --recipe experiments/confirmation.yml --work out/confirmation_models --out out/confirmation \\
+        --results out/confirmation_figures
 
 Then, with the merge and the candidate named that were best on the validation split:
 
-    python experiments/confirmation.py --merge NAME --candidate NAME out/confirmation-0 out/confirmation-1 ...
+    python experiments/confirmation.py --merge NAME --candidate NAME out/confirmation
 
-The seeds differ in the candidates' initialisation, dropout and order of rows; base and gold model are the same. The
-interval is that of a bootstrap over documents (all models' scores of a document together, each split apart) and over
-seeds. Writes experiments/results/confirmation.json.
+The recipe's candidates and merges are called NAME-SEED; the seeds differ in the candidates' initialisation, dropout and
+order of rows, and base and gold model are the same. The interval is that of a bootstrap over documents (all models'
+scores of a document together, each split apart) and over seeds. Writes experiments/results/confirmation.json.
 """
 
 import argparse
@@ -87,42 +88,74 @@ def bootstrap(
     }  # fmt: skip
 
 
+def by_seed(names: Sequence[str]) -> dict[str, list[str]]:
+    """The models NAME-SEED by NAME, in the order of their seeds; one without a seed (base, gold) counts for every seed.
+
+    Raises:
+      SystemExit: some model lacks a seed that another one has.
+    """
+    found: dict[str, dict[int, str]] = {}
+    for name in names:
+        stem, _, seed = name.rpartition("-")
+        if stem and seed.isdecimal():
+            found.setdefault(stem, {})[int(seed)] = name
+    seeds = sorted({seed for own in found.values() for seed in own}) or [0]
+    for stem, own in found.items():
+        if sorted(own) != seeds:
+            raise SystemExit(f"{stem} has seeds {sorted(own)} and others have {seeds}; run every seed of every model")
+    seeded = {name for own in found.values() for name in own.values()}
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        if name not in seeded:
+            groups[name] = [name] * len(seeds)
+        else:
+            stem = name.rpartition("-")[0]
+            groups[stem] = [found[stem][seed] for seed in seeds]
+    return groups
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("runs", nargs="+", help="folders of finished runs, one per seed")
-    p.add_argument("--merge", required=True, help="the merge that was best on the validation split")
-    p.add_argument("--candidate", required=True, help="the candidate that was best there")
+    p.add_argument("run", help="the folder of the finished run")
+    p.add_argument("--merge", required=True, help="the merge that was best on the validation split, without its seed")
+    p.add_argument("--candidate", required=True, help="the candidate that was best there, without its seed")
     p.add_argument("--resamples", type=int, default=2000)
     p.add_argument("--results", default=str(HERE / "results" / "confirmation.json"))
     a = p.parse_args()
 
-    folders = [Path(run) for run in a.runs]
-    reports = [read_report(folder) for folder in folders]
-    names = [m["name"] for m in reports[0]["models"]]
-    order = [a.merge, a.candidate, *(n for n in names if n not in (a.merge, a.candidate))]
+    folder = Path(a.run)
+    report = read_report(folder)
+    models = {m["name"]: m for m in report["models"]}
+    groups = by_seed(list(models))
+    for wanted in (a.merge, a.candidate):
+        if wanted not in groups:
+            raise SystemExit(f"{folder} has no model {wanted!r}; it has {', '.join(groups)}")
+    order = [a.merge, a.candidate, *(n for n in groups if n not in (a.merge, a.candidate))]
     documents, terms = {}, {}
     for split in SPLITS:
-        rows = read_generations(folders[0] / "generations" / names[0] / f"{split}_0.csv")
+        rows = read_generations(folder / "generations" / next(iter(models)) / f"{split}_0.csv")
         documents[split] = list(dict.fromkeys(document_of(row.id) for row in rows))
         terms[split] = [(task, kind) for task in sorted({row.task for row in rows}) for kind in KINDS.values()]
-    runs = [{n: {s: cells(folder, n, s, documents[s], terms[s]) for s in SPLITS} for n in order} for folder in folders]
+    each = {n: {s: cells(folder, n, s, documents[s], terms[s]) for s in SPLITS} for n in models}
+    seeds = len(groups[a.merge])
+    runs = [{name: each[groups[name][i]] for name in order} for i in range(seeds)]
     found = bootstrap(runs, order, a.resamples, 0)
+    gold = next((m["scores"]["membership_auc"] for m in report["models"] if m["kind"] == "gold"), None)
     for name in order:
-        own = [next(m["scores"] for m in r["models"] if m["name"] == name) for r in reports]
-        gold = [next((m["scores"] for m in r["models"] if m["kind"] == "gold"), None) for r in reports]
-        entry = found["models"][name]
-        entry["kind"] = next(m["kind"] for m in reports[0]["models"] if m["name"] == name)
-        entry["task_aggregate_by_seed"] = [s["task_aggregate"] for s in own]
-        entry["membership_auc_by_seed"] = [s["membership_auc"] for s in own]
-        entry["membership_auc_interval_by_seed"] = [s["membership_auc_interval"] for s in own]
-        entry["membership_auc_minus_gold_by_seed"] = [
-            None if g is None or s["membership_auc"] is None else s["membership_auc"] - g["membership_auc"]
-            for s, g in zip(own, gold, strict=True)
-        ]
-        entry["degenerate_forget_by_seed"] = [s["degenerate"]["forget"] for s in own]
-        entry["probe_by_seed"] = [(s["probe"] or {}).get("accuracy") for s in own]
-    result = {"seeds": len(runs), "resamples": a.resamples, "recipe": reports[0]["recipe"],
-              "data": reports[0]["data"], "hardware": reports[0]["hardware"], **found}  # fmt: skip
+        own = [models[one]["scores"] for one in dict.fromkeys(groups[name])]
+        aucs = [s["membership_auc"] for s in own]
+        found["models"][name] |= {
+            "kind": models[groups[name][0]]["kind"],
+            "task_aggregate_by_seed": [s["task_aggregate"] for s in own],
+            "membership_auc_by_seed": aucs,
+            "membership_auc_interval_by_seed": [s["membership_auc_interval"] for s in own],
+            "membership_auc_minus_gold_by_seed": [None if gold is None or x is None else x - gold for x in aucs],
+            "degenerate_forget_by_seed": [s["degenerate"]["forget"] for s in own],
+            "degenerate_retain_by_seed": [s["degenerate"]["retain"] for s in own],
+            "probe_by_seed": [(s["probe"] or {}).get("accuracy") for s in own],
+        }
+    result = {"seeds": seeds, "resamples": a.resamples, "recipe": report["recipe"], "data": report["data"],
+              "hardware": report["hardware"], **found}  # fmt: skip
     Path(a.results).parent.mkdir(parents=True, exist_ok=True)
     short = json.loads(json.dumps(result), parse_float=lambda x: float(f"{float(x):.5g}"))
     Path(a.results).write_text(json.dumps(short, indent=1) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ from unlearnjax.evaluation.semeval import score_folder
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
 
-from confirmation import SPLITS, bootstrap, cells, task_aggregate
+from confirmation import SPLITS, bootstrap, by_seed, cells, task_aggregate
 
 TERMS = [("Task1", "regurgitation"), ("Task1", "knowledge")]
 DOCUMENTS = [f"d{i}" for i in range(40)]
@@ -50,3 +50,14 @@ def test_models_that_differ_differ_beyond_the_interval_and_equal_ones_do_not(tmp
     assert bootstrap([run, run], ["good", "same"], 50, 0)["difference"] == {
         "of": ["good", "same"], "value": 0.0, "interval": [0.0, 0.0],
     }  # fmt: skip
+
+
+def test_models_are_grouped_by_their_seeds():
+    names = ["base", "gold", "over-1", "over-0", "ties-delta-0", "ties-delta-1"]
+    assert by_seed(names) == {
+        "base": ["base"] * 2, "gold": ["gold"] * 2, "over": ["over-0", "over-1"],
+        "ties-delta": ["ties-delta-0", "ties-delta-1"],
+    }  # fmt: skip
+    assert by_seed(["base", "over"]) == {"base": ["base"], "over": ["over"]}
+    with pytest.raises(SystemExit, match="under has seeds"):
+        by_seed(["over-0", "over-1", "under-0"])
