@@ -177,7 +177,7 @@ def test_streamed_candidates_equal_those_in_memory(method, rule):
         pytest.skip("needs all candidates at once")
     deltas, weights = random_deltas(4)["a"], jnp.array([1.0, 0.5, 0.25, -0.3])
     settings = {p.name: p.default for p in rule.hyperparameters} | required(rule)
-    carry = rule.accumulator.start(deltas.shape[1:])
+    carry = rule.accumulator.start(deltas.shape[1:], settings)
     for delta, weight in zip(deltas, weights):
         carry = rule.accumulator.add(carry, delta, weight, settings)
     close(rule.accumulator.finish(carry, settings), run(method, rule, deltas, weights=weights))

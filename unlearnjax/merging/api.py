@@ -13,15 +13,21 @@ from jaxtyping import Array, Bool, Float, PyTree
 from unlearnjax_kernels.threshold import api as threshold
 
 from unlearnjax.errors import UserError, nearest
-from unlearnjax.merging import engine
-from unlearnjax.merging.linear import LINEAR
+from unlearnjax.merging import arithmetic, engine, ram, sce, spherical, swaps
+from unlearnjax.merging.consensus import CONFLICT_ONLY, CONSENSUS
+from unlearnjax.merging.linear import LINEAR, UNIFORM
+from unlearnjax.merging.magmax import MAGMAX
 from unlearnjax.merging.protocol import Hyperparameter, MergeMethod, Rule, Settings, State
 from unlearnjax.merging.ties import TIES
 
 
 def methods() -> dict[str, MergeMethod]:
     """Every merge method by name."""
-    return {method.name: method for method in (LINEAR, TIES)}
+    found = (
+        LINEAR, UNIFORM, *arithmetic.METHODS, TIES, CONSENSUS, CONFLICT_ONLY, MAGMAX, *spherical.METHODS, sce.SCE,
+        *ram.METHODS, *swaps.METHODS,
+    )  # fmt: skip
+    return {method.name: method for method in found}
 
 
 def merge(
@@ -79,11 +85,12 @@ def merge_stacked(
     method, rule = find_rule(method, semantics)
     paths, leaves, treedef = _leaves(deltas, stacked)
     n = leaves[0].shape[0]
+    check_count(method, rule, n)
     settings = check_hyperparameters(method, rule, hyperparameters)
     weights = _weights(method, rule, weights, n, settings)
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         _check_finite(paths, leaves)
-    bases = _bases(method, rule, base, paths, leaves, treedef)
+    bases = _bases(method, rule.wants_base(settings), base, paths, leaves, treedef)
     if rule.needs_key and key is None:
         raise UserError(f"merge: {method.name} draws random numbers; pass key=jax.random.key(seed)")
     keys = [None if key is None else jax.random.fold_in(key, zlib.crc32(path.encode())) for path in paths]
@@ -145,6 +152,13 @@ def _leaves(deltas: PyTree, stacked: int) -> tuple[list[str], list[Array], Any]:
     if n == 0:
         raise UserError("merge: there are no candidates (the leading axis has length 0)")
     return paths, leaves, treedef
+
+
+def check_count(method: MergeMethod, rule: Rule, n: int) -> None:
+    """Raises UserError where the rule does not merge n candidates."""
+    if n < rule.least or (rule.most is not None and n > rule.most):
+        wanted = f"exactly {rule.least}" if rule.least == rule.most else f"at least {rule.least}"
+        raise UserError(f"merge: {method.name} merges {wanted} candidates, and there are {n}")
 
 
 def check_hyperparameters(method: MergeMethod, rule: Rule, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -217,10 +231,10 @@ def _check_finite(paths: list[str], leaves: list[Array]) -> None:
 
 
 def _bases(
-    method: MergeMethod, rule: Rule, base: PyTree | None, paths: list[str], leaves: list[Array], treedef: Any
+    method: MergeMethod, wanted: bool, base: PyTree | None, paths: list[str], leaves: list[Array], treedef: Any
 ) -> list[Array | None]:
     if base is None:
-        if rule.needs_base:
+        if wanted:
             raise UserError(f"merge: {method.name} works on weights; pass base, the weights the deltas belong to")
         return [None] * len(leaves)
     found, base_treedef = jax.tree.flatten(base)
@@ -230,4 +244,4 @@ def _bases(
         if np.shape(array) != leaf.shape[1:]:
             raise UserError(f"merge: base {path} has shape {np.shape(array)} and the deltas {leaf.shape[1:]}")
     # Rules on deltas do not read it: it is checked, and not sent through the program.
-    return [jnp.asarray(array) for array in found] if rule.needs_base else [None] * len(leaves)
+    return [jnp.asarray(array) for array in found] if wanted else [None] * len(leaves)

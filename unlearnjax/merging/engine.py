@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
+from unlearnjax_kernels.dare.api import Part
 
-from unlearnjax.merging.protocol import Round, Rule, Settings, State
+from unlearnjax.merging.protocol import Draws, Round, Rule, Settings, State
 
 
 def run(
@@ -21,6 +22,7 @@ def run(
     *,
     stacked: int = 0,
     reduce: Callable[[Any], Any] = lambda partials: partials,
+    parts: Sequence[Part | None] | None = None,
 ) -> list[Float[Array, "..."]]:
     """Merges the leaves of one tree. Pure and traceable; checks nothing.
 
@@ -32,29 +34,32 @@ def run(
             each of those tensors.
         reduce: what else partials are summed over: `lambda p: jax.lax.psum(p, axis)` inside a shard_map whose shards
             hold parts of each tensor, or the sum over a stream's chunks.
+        parts: which part of its tensor each leaf holds, for rules that draw random numbers; None: all of it.
 
     Returns:
         The merged leaves, each in its leaf's dtype.
     """
+    parts = [None] * len(leaves) if parts is None else parts
     if rule.scope == "leaf":
         return [
-            _leaf(rule, leaf, weights, start, key, base, settings, stacked, reduce)
-            for leaf, start, key, base in zip(leaves, starts, keys, bases, strict=True)
+            _leaf(rule, leaf, weights, start, key, base, settings, stacked, reduce, part)
+            for leaf, start, key, base, part in zip(leaves, starts, keys, bases, parts, strict=True)
         ]
     (state,) = starts
+    members = list(zip(leaves, keys, bases, parts, strict=True))
 
     def tree_partials(round_: Round, state: State) -> Any:
-        return reduce(_partials(round_, leaves, weights, state, settings, stacked))
+        return reduce(_partials(round_, members, weights, state, settings, stacked))
 
     state = _rounds(rule, state, settings, tree_partials)
 
-    def tensor(deltas: Array, key: Array | None, base: Array | None) -> Float32[Array, "..."]:
-        return rule.combine(deltas, weights, state, key, base, settings)
+    def merged(leaf: Array, key: Array | None, base: Array | None, part: Part | None) -> Array:
+        def tensor(deltas: Array, key: Array | None, base: Array | None) -> Float32[Array, "..."]:
+            return rule.combine(deltas, weights, state, _draws(key, part), base, settings)
 
-    return [
-        _stacked(tensor, stacked, leaf, key, base).astype(leaf.dtype)
-        for leaf, key, base in zip(leaves, keys, bases, strict=True)
-    ]
+        return _stacked(tensor, stacked, leaf, key, base).astype(leaf.dtype)
+
+    return [merged(*member) for member in members]
 
 
 def _leaf(
@@ -67,13 +72,16 @@ def _leaf(
     settings: Settings,
     stacked: int,
     reduce: Callable[[Any], Any],
+    part: Part | None,
 ) -> Float[Array, "..."]:
     def tensor(deltas: Array, key: Array | None, base: Array | None) -> Float32[Array, "..."]:
+        draws = _draws(key, part)
+
         def own_partials(round_: Round, state: State) -> Any:
-            return reduce(round_.statistics(deltas, weights, state, settings))
+            return reduce(round_.statistics(deltas, weights, state, draws, base, settings))
 
         state = _rounds(rule, start, settings, own_partials)
-        return rule.combine(deltas, weights, state, key, base, settings)
+        return rule.combine(deltas, weights, state, draws, base, settings)
 
     return _stacked(tensor, stacked, leaf, key, base).astype(leaf.dtype)
 
@@ -90,19 +98,28 @@ def _rounds(rule: Rule, state: State, settings: Settings, partials: Callable[[Ro
 
 
 def _partials(
-    round_: Round, leaves: Sequence[Array], weights: Array, state: State, settings: Settings, stacked: int
+    round_: Round,
+    members: Sequence[tuple[Array, Array | None, Array | None, Part | None]],
+    weights: Array,
+    state: State,
+    settings: Settings,
+    stacked: int,
 ) -> Any:
     """The round's partials summed over all leaves and their stacked tensors."""
-
-    def one(deltas: Array, key: None, base: None) -> Any:
-        return round_.statistics(deltas, weights, state, settings)
-
     result = None
-    for leaf in leaves:
-        part = _stacked(one, stacked, leaf, None, None)
-        part = jax.tree.map(lambda p: jnp.sum(p, axis=tuple(range(stacked)), dtype=p.dtype), part)
-        result = part if result is None else jax.tree.map(jnp.add, result, part)
+    for leaf, key, base, part in members:
+
+        def one(deltas: Array, key: Array | None, base: Array | None, part: Part | None = part) -> Any:
+            return round_.statistics(deltas, weights, state, _draws(key, part), base, settings)
+
+        found = _stacked(one, stacked, leaf, key, base)
+        found = jax.tree.map(lambda p: jnp.sum(p, axis=tuple(range(stacked)), dtype=p.dtype), found)
+        result = found if result is None else jax.tree.map(jnp.add, result, found)
     return result
+
+
+def _draws(key: Array | None, part: Part | None) -> Draws | None:
+    return None if key is None else Draws.of(key, part)
 
 
 def _stacked(tensor: Callable[..., Any], stacked: int, leaf: Array, key: Array | None, base: Array | None) -> Any:

@@ -5,7 +5,7 @@ A method turns N candidate deltas into one. Each published definition of it (its
     rounds   statistics(deltas[N, ...]) -> partials      partials only ever reduce by SUM, so they add over leaves
              update(state, partials) -> state            (scope "tree"), over the chunks of a stream and over the
                                                          shards of a mesh (psum); an exact threshold needs many rounds
-    combine  (deltas[N, ...], weights[N], state) -> delta
+    combine  (deltas[N, ...], weights[N], state, draws, base) -> delta
 
 One candidate's entries never meet another leaf's except through the statistics. Whoever calls a rule (`engine`, a
 stream, a shard_map) decides where the leaves lie; the rule is written once. Rules use jax.numpy only and take their
@@ -19,9 +19,11 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32, UInt32
+from unlearnjax_kernels.dare import api as dare
 
 Scope = Literal["leaf", "tree"]
 Space = Literal["delta", "factors"]
@@ -30,6 +32,28 @@ Settings = Mapping[str, Any]
 
 State = Any
 """A pytree of arrays that a rule carries from round to round; what `combine` calls its statistics."""
+
+
+class Draws(NamedTuple):
+    """A tensor's random numbers, the same however it is cut: they depend on the seed, the candidate and the place.
+
+    part: which part of the tensor the deltas at hand are; None is the whole.
+    """
+
+    seed: UInt32[Array, "2"]
+    part: dare.Part | None = None
+
+    @classmethod
+    def of(cls, key: Array, part: dare.Part | None = None) -> "Draws":
+        """The numbers that belong to a JAX key of any implementation."""
+        return cls(jax.random.bits(key, (2,), jnp.uint32), part)
+
+    def kept(
+        self, candidate: int, shape: tuple[int, ...], density: float | Float32[Array, "..."]
+    ) -> Bool[Array, "..."]:
+        """True with probability `density` (which may differ from entry to entry)."""
+        places = dare.places(shape, self.part)
+        return dare.kept(self.seed, candidate, places, jnp.asarray(density, jnp.float32))
 
 
 class Hyperparameter(NamedTuple):
@@ -88,11 +112,14 @@ class Properties(NamedTuple):
 class Round(NamedTuple):
     """One pass over the data, or `repeat` passes of the same kind.
 
-    statistics: (deltas[N, ...], weights[N], state, settings) -> partials, a pytree of arrays that reduce by sum.
+    statistics: (deltas[N, ...], weights[N], state, draws or None, base leaf or None, settings) -> partials, a pytree of
+        arrays that reduce by sum.
     update: (state, summed partials, settings) -> state of the same structure, shapes and dtypes.
     """
 
-    statistics: Callable[[Float[Array, "N ..."], Float32[Array, "N"], State, Settings], Any]
+    statistics: Callable[
+        [Float[Array, "N ..."], Float32[Array, "N"], State, Draws | None, Float[Array, "..."] | None, Settings], Any
+    ]
     update: Callable[[State, Any, Settings], State]
     repeat: int = 1
 
@@ -100,10 +127,10 @@ class Round(NamedTuple):
 class Accumulator(NamedTuple):
     """The same rule for candidates that come one at a time.
 
-    start: (shape) -> carry.  add: (carry, delta[...], weight, settings) -> carry.  finish: (carry, settings) -> delta.
+    start: (shape, settings) -> carry.  add: (carry, delta[...], weight, settings) -> carry.  finish: (carry, settings) -> delta.
     """
 
-    start: Callable[[tuple[int, ...]], Any]
+    start: Callable[[tuple[int, ...], Settings], Any]
     add: Callable[[Any, Float[Array, "..."], Float32[Array, ""], Settings], Any]
     finish: Callable[[Any, Settings], Float32[Array, "..."]]
 
@@ -119,7 +146,7 @@ def _any_weights(weights: np.ndarray, settings: Settings) -> str | None:
 class Rule(NamedTuple):
     """One definition of a method.
 
-    combine: (deltas[N, ...], weights[N], state, key or None, base leaf or None, settings) -> float32 delta [...].
+    combine: (deltas[N, ...], weights[N], state, draws or None, base leaf or None, settings) -> float32 delta [...].
     start: (entries per candidate in one unit of `scope`, N, settings) -> the state before the first round. It is called
         outside jit with hyperparameters exactly as the user gave them, so that `int(density * size)` is computed in
         double precision when density is a Python float; it must also accept traced numbers.
@@ -142,7 +169,15 @@ class Rule(NamedTuple):
     accumulator: Accumulator | None = None
     check_weights: Callable[[np.ndarray, Settings], str | None] = _any_weights
     needs_key: bool = False
-    needs_base: bool = False
+    needs_base: bool | Callable[[Settings], bool] = False
+    """Whether it needs the base weights, always or under some settings."""
+    least: int = 1
+    """How many candidates it merges: at least, and at most."""
+    most: int | None = None
+
+    def wants_base(self, settings: Settings) -> bool:
+        """Whether it needs the base weights under these settings."""
+        return self.needs_base(settings) if callable(self.needs_base) else self.needs_base
 
 
 class MergeMethod(NamedTuple):

@@ -7,6 +7,7 @@ Four codes bear the name and compute different things. With x_i the trimmed delt
 | "paper" | whole model | sum_i w_i x_i | majority of the elected signs | sum w_i x_i / sum of their w_i |
 | "peft" | each tensor | sum_i x_i ("total"), sum_i sign x_i ("frequency") | plus | sum w_i x_i / their number |
 | "mergekit" | each tensor | sum_i w_i x_i | plus | as "paper"; undivided with normalize=False |
+| "fusion_bench" | whole model | as "paper" | as "paper" | sum w_i x_i (merge_func mean: over their number; max: the largest) |
 
 An entry agrees if its sign (weighted, where the vote is) is the elected one; zeros never agree. lambda scales the
 value.
@@ -18,114 +19,73 @@ value.
 - "peft" keeps k = int(density * size) entries; where that is 0 everything is trimmed and the merge is zero, as there.
   A candidate of weight 0 still votes and is counted. Weights are 1 unless given, and are not normalised.
 - "mergekit" keeps k = int(density * size) too (mergekit itself refuses k = 0).
+- "fusion_bench" trims like "paper" and sums by default, with lambda .3 (its scaling_factor). It has no weights: here a
+  delta is multiplied by its own, 1 unless given.
 
-Where several entries tie with the k-th largest magnitude all of them are kept; the codes break such ties arbitrarily.
-A Python density gives k in double precision, as in those codes. A density that is a JAX array (traced or not) is
-float32: its k may differ by about 6e-8 * size.
+`trim` says what becomes of ties at the threshold, and how k is rounded.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 from unlearnjax_kernels.threshold import api as threshold
 
+from unlearnjax.merging import elect, trim
+from unlearnjax.merging.arithmetic import mergekit_rule, peft_rule
 from unlearnjax.merging.protocol import (
     LAMBDA,
+    Draws,
     Hyperparameter,
     MergeMethod,
     Properties,
     Round,
     Rule,
     Settings,
-    candidates,
     total,
 )
+from unlearnjax.merging.sparsify import LARGEST
+from unlearnjax.merging.trim import DENSITY, Trim
 
-DENSITY = Hyperparameter("density", "share of each delta's entries kept by the trim", low=0.0, high=1.0, low_open=True)
-MAJORITY = Hyperparameter(
-    "majority_sign_method",
-    "elect by the sum of the values or by the number of signs",
-    default="total",
-    choices=("total", "frequency"),
+MERGE_FUNCTION = Hyperparameter(
+    "merge_func", "what becomes of the agreeing entries", default="sum", choices=("sum", "mean", "max")
 )
-NORMALIZE = Hyperparameter("normalize", "divide by the summed weights of the agreeing candidates", default=True)
 
 
 class TiesState(NamedTuple):
-    """How many entries to keep (limbs), the search for that threshold, and the overall majority sign (-1, 0 or 1)."""
+    """The trim of the whole model, and its overall majority sign (-1, 0 or 1)."""
 
-    keep: Int32[Array, "2"]
-    search: threshold.Search
+    trim: Trim
     majority: Int32[Array, ""]
 
 
-def keep_count(density: float | Float32[Array, ""], size: int, extra: int = 0) -> Int32[Array, "2"]:
-    """min(int(density * size) + extra, size) in limbs (see the module's last paragraph on precision)."""
-    if isinstance(density, (int, float)):
-        return threshold.to_limbs(min(int(density * size) + extra, size))
-    product = jnp.minimum(jnp.floor(jnp.asarray(density, jnp.float32) * jnp.float32(size)), jnp.float32(size))
-    high = jnp.floor(product / 65536)
-    low = product - high * 65536  # exact: all are multiples of the product's last bit
-    return jnp.stack([low.astype(jnp.int32) + extra, high.astype(jnp.int32)])
+def _start(size: int, count: int, settings: Settings) -> TiesState:
+    """The code's k-th smallest entry is itself kept: one more than density * size."""
+    return TiesState(trim.start(size, count, settings, extra=1), jnp.int32(0))
 
 
-def _start_peft(size: int, count: int, settings: Settings) -> TiesState:
-    return TiesState(keep_count(settings["density"], size), threshold.search(count), jnp.int32(0))
-
-
-def _start_paper(size: int, count: int, settings: Settings) -> TiesState:
-    return TiesState(keep_count(settings["density"], size, extra=1), threshold.search(count), jnp.int32(0))
-
-
-def _count(deltas: Float[Array, "N ..."], weights: Array, state: TiesState, settings: Settings) -> Int32[Array, "N 2"]:
-    return threshold.count(deltas, state.search)
+def _count(
+    deltas: Float[Array, "N ..."], weights: Array, state: TiesState, draws: Any, base: Any, settings: Settings
+) -> Int32[Array, "N 2"]:
+    return threshold.count(deltas, state.trim.search)
 
 
 def _narrow(state: TiesState, counts: Int32[Array, "N 2"], settings: Settings) -> TiesState:
-    return state._replace(search=threshold.narrow(state.search, counts, state.keep))
-
-
-def _trimmed(deltas: Float[Array, "N ..."], state: TiesState) -> list[Float32[Array, "..."]]:
-    pattern = state.search.pattern
-    return [
-        jnp.where(threshold.magnitude_bits(delta) >= pattern[i], delta, jnp.float32(0))
-        for i, delta in enumerate(candidates(deltas))
-    ]
-
-
-def _relative(weights: Float32[Array, "N"]) -> Float32[Array, "N"]:
-    """Weights over the largest: equal ones become exactly 1, so that opposite entries still cancel exactly."""
-    largest = jnp.max(jnp.abs(weights))
-    return weights / jnp.where(largest == 0, jnp.float32(1), largest)
-
-
-def _mean_of_agreeing(
-    deltas: list[Float32[Array, "..."]], weights: list[Array], positive: Array, shares: list[Array] | None
-) -> Float32[Array, "..."]:
-    """sum w_i x_i over entries whose weighted sign is the elected one, divided by their summed shares."""
-    weighted = [w * delta for w, delta in zip(weights, deltas, strict=True)]
-    agrees = [jnp.where(positive, value > 0, value < 0) for value in weighted]
-    value = total([jnp.where(keep, x, jnp.float32(0)) for keep, x in zip(agrees, weighted, strict=True)])
-    if shares is None:
-        return value
-    divisor = total([jnp.where(keep, share, jnp.float32(0)) for keep, share in zip(agrees, shares, strict=True)])
-    return value / jnp.where(divisor == 0, jnp.float32(1), divisor)
-
-
-def _elected_sum(
-    deltas: Float[Array, "N ..."], weights: Float32[Array, "N"], state: TiesState
-) -> Float32[Array, "..."]:
-    relative = _relative(weights)
-    return total([relative[i] * delta for i, delta in enumerate(_trimmed(deltas, state))])
+    return state._replace(trim=state.trim._replace(search=threshold.narrow(state.trim.search, counts, state.trim.keep)))
 
 
 def _count_signs(
-    deltas: Float[Array, "N ..."], weights: Float32[Array, "N"], state: TiesState, settings: Settings
+    deltas: Float[Array, "N ..."],
+    weights: Float32[Array, "N"],
+    state: TiesState,
+    draws: Any,
+    base: Any,
+    settings: Settings,
 ) -> Int32[Array, "2"]:
-    elected = jnp.sign(_elected_sum(deltas, weights, state)).astype(jnp.int32)
-    return threshold.to_limbs(jnp.sum(elected, dtype=jnp.int32))
+    votes = elect.weighted_sum(trim.trimmed(deltas, state.trim), elect.relative(weights))
+    return threshold.to_limbs(jnp.sum(jnp.sign(votes).astype(jnp.int32), dtype=jnp.int32))
 
 
 def _majority(state: TiesState, signs: Int32[Array, "2"], settings: Settings) -> TiesState:
@@ -136,54 +96,39 @@ def _combine_paper(
     deltas: Float[Array, "N ..."],
     weights: Float32[Array, "N"],
     state: TiesState,
-    key: Array | None,
+    draws: Draws | None,
     base: Array | None,
     settings: Settings,
 ) -> Float32[Array, "..."]:
-    relative = _relative(weights)
-    elected = _elected_sum(deltas, weights, state)
-    positive = (elected > 0) | ((elected == 0) & (state.majority > 0))
-    parts = list(relative)
-    return settings["lambda"] * _mean_of_agreeing(_trimmed(deltas, state), parts, positive, [jnp.abs(w) for w in parts])
+    return settings["lambda"] * elect.paper(trim.trimmed(deltas, state.trim), weights, state.majority)
 
 
-def _combine_peft(
+def _combine_fusion_bench(
     deltas: Float[Array, "N ..."],
     weights: Float32[Array, "N"],
     state: TiesState,
-    key: Array | None,
+    draws: Draws | None,
     base: Array | None,
     settings: Settings,
 ) -> Float32[Array, "..."]:
-    trimmed = _trimmed(deltas, state)
-    votes = [jnp.sign(delta) for delta in trimmed] if settings["majority_sign_method"] == "frequency" else trimmed
-    positive = total(votes) >= 0
-    agrees = [jnp.where(positive, delta > 0, delta < 0) for delta in trimmed]
-    value = total([jnp.where(keep, weights[i] * trimmed[i], jnp.float32(0)) for i, keep in enumerate(agrees)])
-    number = total([keep.astype(jnp.float32) for keep in agrees])
-    return settings["lambda"] * value / jnp.maximum(number, jnp.float32(1))
-
-
-def _combine_mergekit(
-    deltas: Float[Array, "N ..."],
-    weights: Float32[Array, "N"],
-    state: TiesState,
-    key: Array | None,
-    base: Array | None,
-    settings: Settings,
-) -> Float32[Array, "..."]:
-    trimmed = _trimmed(deltas, state)
-    parts = list(weights)
-    positive = total([w * delta for w, delta in zip(parts, trimmed, strict=True)]) >= 0
-    shares = parts if settings["normalize"] else None
-    return settings["lambda"] * _mean_of_agreeing(trimmed, parts, positive, shares)
+    weighted = [weights[i] * delta for i, delta in enumerate(trim.trimmed(deltas, state.trim))]
+    votes = elect.weighted_sum(trim.trimmed(deltas, state.trim), elect.relative(weights))
+    elected = jnp.where(votes == 0, state.majority.astype(jnp.float32), jnp.sign(votes))
+    kept = [jnp.where(jnp.where(elected > 0, x > 0, x < 0), x, jnp.float32(0)) for x in weighted]
+    if settings["merge_func"] == "max":
+        largest = functools.reduce(jnp.maximum, [jnp.abs(x) for x in kept])
+        return settings["lambda"] * elected * largest
+    value = total(kept)
+    if settings["merge_func"] == "mean":
+        value = value / jnp.maximum(total([(x != 0).astype(jnp.float32) for x in kept]), jnp.float32(1))
+    return settings["lambda"] * value
 
 
 def _check_weights(weights: np.ndarray, settings: Settings) -> str | None:
     return "all of them are 0" if not weights.any() else None
 
 
-_TRIM = Round(_count, _narrow, repeat=threshold.BITS)
+_ROUNDS = (Round(_count, _narrow, repeat=threshold.BITS), Round(_count_signs, _majority))
 _IDENTITY = (("density", 1.0), ("lambda", 1.0))
 
 TIES = MergeMethod(
@@ -197,30 +142,22 @@ TIES = MergeMethod(
             Properties(identity=_IDENTITY, negation="unless sums cancel"),
             hyperparameters=(DENSITY, LAMBDA),
             scope="tree",
-            start=_start_paper,
-            rounds=(_TRIM, Round(_count_signs, _majority)),
+            start=_start,
+            rounds=_ROUNDS,
             check_weights=_check_weights,
         ),
+        peft_rule(LARGEST, "PEFT 0.21 merge_utils.ties; combination_type ties in space factors", elects=True),
+        mergekit_rule(LARGEST, "mergekit 0.1.4 merge_method ties", elects=True, normalizes=True, rescales=False),
         Rule(
-            "peft",
-            "PEFT 0.21 merge_utils.ties; combination_type ties in space factors",
-            _combine_peft,
-            Properties(identity=_IDENTITY, zero_weight_is_absence=False, negation="unless sums cancel"),
-            hyperparameters=(DENSITY, MAJORITY, LAMBDA),
-            spaces=("delta", "factors"),
-            default_weight="one",
-            start=_start_peft,
-            rounds=(_TRIM,),
-        ),
-        Rule(
-            "mergekit",
-            "mergekit 0.1.4 merge_method ties",
-            _combine_mergekit,
+            "fusion_bench",
+            "fusion_bench 0.2.33 ties_merging",
+            _combine_fusion_bench,
             Properties(identity=_IDENTITY, negation="unless sums cancel"),
-            hyperparameters=(DENSITY, NORMALIZE, LAMBDA),
+            hyperparameters=(DENSITY, MERGE_FUNCTION, LAMBDA._replace(default=0.3)),
+            scope="tree",
             default_weight="one",
-            start=_start_peft,
-            rounds=(_TRIM,),
+            start=_start,
+            rounds=_ROUNDS,
             check_weights=_check_weights,
         ),
     ),

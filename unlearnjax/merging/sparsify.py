@@ -1,0 +1,150 @@
+"""Making deltas sparse before they are summed: by magnitude, at random, by random ranks, or without the outliers.
+
+A sparsifier decides per candidate which entries stay; `arithmetic` joins it with a sum or an election.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
+from unlearnjax_kernels.threshold import api as threshold
+
+from unlearnjax.merging import trim
+from unlearnjax.merging.protocol import Draws, Hyperparameter, Round, Settings, State, candidates
+from unlearnjax.merging.trim import DENSITY, Trim
+
+GAMMA = Hyperparameter("gamma", "share of the largest entries that is dropped", default=0.01, low=0.0, high=1.0)
+EPSILON = Hyperparameter(
+    "epsilon", "how far the keep rate of the largest and the smallest entry lies from density", default=0.15,
+    low=0.0, high=1.0,
+)  # fmt: skip
+
+
+class Sparsifier(NamedTuple):
+    """apply: (deltas[N, ...], state, draws, settings) -> per candidate the entries that stay (others 0), and the
+    chance that each had of staying: what `x / chance` needs to have the mean of x. The chance is 1 where no random
+    number was drawn.
+    """
+
+    apply: Callable[
+        [Float[Array, "N ..."], State, Draws | None, Settings],
+        list[tuple[Float32[Array, "..."], Float32[Array, "..."]]],
+    ]
+    hyperparameters: tuple[Hyperparameter, ...] = ()
+    start: Callable[[int, int, Settings], State] = lambda size, count, settings: ()
+    rounds: tuple[Round, ...] = ()
+    needs_key: bool = False
+    elementwise: bool = True
+
+
+def _whole(
+    deltas: Float[Array, "N ..."], state: State, draws: Draws | None, settings: Settings
+) -> list[tuple[Float32[Array, "..."], Float32[Array, "..."]]]:
+    return [(delta, jnp.float32(1)) for delta in candidates(deltas)]
+
+
+def _largest(
+    deltas: Float[Array, "N ..."], state: Trim, draws: Draws | None, settings: Settings
+) -> list[tuple[Float32[Array, "..."], Float32[Array, "..."]]]:
+    return [(delta, jnp.float32(1)) for delta in trim.trimmed(deltas, state)]
+
+
+def _drawn(draws: Draws | None) -> Draws:
+    assert draws is not None  # `merge` asks for a key where a rule needs one
+    return draws
+
+
+def _random(
+    deltas: Float[Array, "N ..."], state: State, draws: Draws | None, settings: Settings
+) -> list[tuple[Float32[Array, "..."], Float32[Array, "..."]]]:
+    chance = jnp.asarray(settings["density"], jnp.float32)
+    return [
+        (jnp.where(_drawn(draws).kept(i, delta.shape, chance), delta, jnp.float32(0)), chance)
+        for i, delta in enumerate(candidates(deltas))
+    ]
+
+
+def _random_ranks(
+    deltas: Float[Array, "N ..."], state: State, draws: Draws | None, settings: Settings
+) -> list[tuple[Float32[Array, "..."], Float32[Array, "..."]]]:
+    """Chances from density - epsilon for a row's smallest entry to density + epsilon for its largest, by rank."""
+    density, epsilon = (jnp.asarray(settings[name], jnp.float32) for name in ("density", "epsilon"))
+    # The codes refuse chances outside (0, 1); a traced pair cannot be refused, and density 1 keeps everything.
+    epsilon = jnp.minimum(epsilon, jnp.minimum(density, 1 - density))
+    found = []
+    for i, delta in enumerate(candidates(deltas)):
+        chance = density - epsilon + 2 * epsilon * _ranks(jnp.abs(delta))
+        kept = _drawn(draws).kept(i, delta.shape, chance)
+        found.append((jnp.where(kept, delta, jnp.float32(0)), chance))
+    return found
+
+
+def _ranks(magnitudes: Float32[Array, "..."]) -> Float32[Array, "..."]:
+    """Ranks along the second axis (a vector's only one) from 0 for the smallest to 1 for the largest; equal magnitudes
+    rank in the order of their places."""
+    axis = min(magnitudes.ndim - 1, 1)
+    if axis < 0:
+        return jnp.zeros_like(magnitudes)
+    order = jnp.argsort(magnitudes, axis=axis, stable=True)
+    ranks = jnp.argsort(order, axis=axis).astype(jnp.float32)
+    return ranks / jnp.float32(max(magnitudes.shape[axis] - 1, 1))
+
+
+class Band(NamedTuple):
+    """Two thresholds: entries below the one for `outer.keep` are too small, those of `inner` are outliers."""
+
+    outer: Trim
+    inner: Trim
+
+
+def _start_band(size: int, count: int, settings: Settings) -> Band:
+    density, gamma = settings["density"], settings["gamma"]
+    if all(isinstance(value, (int, float)) for value in (density, gamma)):
+        kept = min(int(density * size), size)
+        dropped = min(int(gamma * size), size - kept)
+        counts = [threshold.to_limbs(kept + dropped), threshold.to_limbs(dropped)]
+    else:
+        whole = jnp.float32(size)
+        share = jnp.minimum(jnp.floor(jnp.asarray(density, jnp.float32) * whole), whole)
+        above = jnp.minimum(jnp.floor(jnp.asarray(gamma, jnp.float32) * whole), whole - share)
+        counts = [_limbs(share) + _limbs(above), _limbs(above)]
+    return Band(*(Trim(keep, threshold.search(count)) for keep in counts))
+
+
+def _limbs(number: Float32[Array, ""]) -> Int32[Array, "2"]:
+    high = jnp.floor(number / 65536)
+    return jnp.stack([(number - high * 65536).astype(jnp.int32), high.astype(jnp.int32)])
+
+
+def _count_band(
+    deltas: Float[Array, "N ..."],
+    weights: Float32[Array, "N"],
+    state: Band,
+    draws: Draws | None,
+    base: Array | None,
+    settings: Settings,
+) -> tuple[Int32[Array, "N 2"], Int32[Array, "N 2"]]:
+    return threshold.count(deltas, state.outer.search), threshold.count(deltas, state.inner.search)
+
+
+def _narrow_band(state: Band, counts: tuple[Int32[Array, "N 2"], Int32[Array, "N 2"]], settings: Settings) -> Band:
+    pairs = zip((state.outer, state.inner), counts, strict=True)
+    return Band(*(Trim(t.keep, threshold.narrow(t.search, found, t.keep)) for t, found in pairs))
+
+
+def _inside(
+    deltas: Float[Array, "N ..."], state: Band, draws: Draws | None, settings: Settings
+) -> list[tuple[Float32[Array, "..."], Float32[Array, "..."]]]:
+    masks = zip(trim.reaches(deltas, state.outer), trim.reaches(deltas, state.inner), strict=True)
+    return [
+        (jnp.where(large & ~outlier, delta, jnp.float32(0)), jnp.float32(1))
+        for (large, outlier), delta in zip(masks, candidates(deltas), strict=True)
+    ]
+
+
+WHOLE = Sparsifier(_whole)
+LARGEST = Sparsifier(_largest, (DENSITY,), trim.start, trim.ROUNDS)
+RANDOM = Sparsifier(_random, (DENSITY,), needs_key=True)
+RANDOM_RANKS = Sparsifier(_random_ranks, (DENSITY, EPSILON), needs_key=True, elementwise=False)
+INSIDE = Sparsifier(_inside, (DENSITY, GAMMA), _start_band, (Round(_count_band, _narrow_band, repeat=threshold.BITS),))

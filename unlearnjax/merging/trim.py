@@ -1,0 +1,67 @@
+"""Keeping a share of a delta's entries by magnitude: exact thresholds, found by counting.
+
+Where several entries tie with the k-th largest magnitude all of them are kept; the published codes break such ties
+arbitrarily. A Python density gives k = int(density * size) in double precision, as in those codes. A density that is a
+JAX array (traced or not) is float32: its k may differ by about 6e-8 * size.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int32
+from unlearnjax_kernels.threshold import api as threshold
+
+from unlearnjax.merging.protocol import Draws, Hyperparameter, Round, Settings, candidates
+
+DENSITY = Hyperparameter("density", "share of each delta's entries that is kept", low=0.0, high=1.0, low_open=True)
+
+
+class Trim(NamedTuple):
+    """How many entries to keep (limbs), and the search for the threshold that keeps them."""
+
+    keep: Int32[Array, "2"]
+    search: threshold.Search
+
+
+def keep_count(density: float | Float32[Array, ""], size: int, extra: int = 0) -> Int32[Array, "2"]:
+    """min(int(density * size) + extra, size) in limbs (see the module's docstring on precision)."""
+    if isinstance(density, (int, float)):
+        return threshold.to_limbs(min(int(density * size) + extra, size))
+    product = jnp.minimum(jnp.floor(jnp.asarray(density, jnp.float32) * jnp.float32(size)), jnp.float32(size))
+    high = jnp.floor(product / 65536)
+    low = product - high * 65536  # exact: all are multiples of the product's last bit
+    return jnp.stack([low.astype(jnp.int32) + extra, high.astype(jnp.int32)])
+
+
+def start(size: int, count: int, settings: Settings, extra: int = 0) -> Trim:
+    return Trim(keep_count(settings["density"], size, extra), threshold.search(count))
+
+
+def _count(
+    deltas: Float[Array, "N ..."],
+    weights: Float32[Array, "N"],
+    state: Trim,
+    draws: Draws | None,
+    base: Array | None,
+    settings: Settings,
+) -> Int32[Array, "N 2"]:
+    return threshold.count(deltas, state.search)
+
+
+def _narrow(state: Trim, counts: Int32[Array, "N 2"], settings: Settings) -> Trim:
+    return state._replace(search=threshold.narrow(state.search, counts, state.keep))
+
+
+ROUNDS = (Round(_count, _narrow, repeat=threshold.BITS),)
+
+
+def reaches(deltas: Float[Array, "N ..."], state: Trim) -> list[Bool[Array, "..."]]:
+    """Per candidate, which entries are among the kept."""
+    pattern = state.search.pattern
+    return [threshold.magnitude_bits(delta) >= pattern[i] for i, delta in enumerate(candidates(deltas))]
+
+
+def trimmed(deltas: Float[Array, "N ..."], state: Trim) -> list[Float32[Array, "..."]]:
+    """The candidates with everything else set to 0."""
+    kept = reaches(deltas, state)
+    return [jnp.where(mask, delta, jnp.float32(0)) for mask, delta in zip(kept, candidates(deltas), strict=True)]
