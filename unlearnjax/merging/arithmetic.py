@@ -5,7 +5,7 @@
 | task_arithmetic | everything | sum |
 | magnitude_prune | the largest entries of each tensor | sum |
 | dare_linear, dare_ties (2311.03099) | random entries, each with probability density | sum, election |
-| della_linear, della (2406.11617) | random entries, of each row the larger ones with the higher probability | sum, election |
+| della_linear, della (2406.11617) | random entries, of each row the larger ones more often | sum, election |
 | breadcrumbs, breadcrumbs_ties (2312.06795) | the largest entries of each tensor but its outliers | sum, election |
 
 The semantics differ in the scale of what stays, the divisor and the election:

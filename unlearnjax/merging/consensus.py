@@ -93,7 +93,7 @@ def _finish(votes: Votes, settings: Settings) -> Float32[Array, "..."]:
     none = jnp.float32(0)
     needed = _needed(votes.count, settings["rho"])
     # More than half agree, so never both; a candidate without weight has no vote.
-    up, down = votes.ups >= needed, votes.downs >= needed
+    up, down = (number.astype(jnp.int32) >= needed for number in (votes.ups, votes.downs))
     if settings["average"] == "agreeing":
         value, share = jnp.where(up, votes.up, votes.down), jnp.where(up, votes.up_share, votes.down_share)
         kept = up | down

@@ -70,7 +70,7 @@ def paper(deltas: Deltas, weights: Float32[Array, "N"], majority: Array) -> Floa
 
 
 def peft(deltas: Deltas, weights: Float32[Array, "N"], majority_sign_method: str) -> Float32[Array, "..."]:
-    """PEFT's disjoint_merge: an unweighted vote in which 0 is plus, and the number of agreeing candidates as divisor."""
+    """PEFT's disjoint_merge: an unweighted vote in which 0 is plus, over the number of agreeing candidates."""
     votes = [jnp.sign(delta) for delta in deltas] if majority_sign_method == "frequency" else list(deltas)
     positive = total(votes) >= 0
     agrees = [jnp.where(positive, delta > 0, delta < 0) for delta in deltas]

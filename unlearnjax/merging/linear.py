@@ -157,7 +157,7 @@ UNIFORM = MergeMethod(
             "paper",
             "model soups 2203.05482, uniform",
             _mean,
-            Properties(identity=(("lambda", 1.0),), streamable=True),
+            Properties(identity=(("lambda", 1.0),), weighted=False, streamable=True),
             hyperparameters=(LAMBDA,),
             accumulator=_ACCUMULATOR._replace(finish=_finish_mean),
             check_weights=only_equal,

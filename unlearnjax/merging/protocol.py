@@ -95,6 +95,8 @@ class Properties(NamedTuple):
 
     identity: tuple[tuple[str, float | bool | str], ...] | None = ()
     """One candidate comes back unchanged under these hyperparameters (`()`: under any; None: under none)."""
+    weighted: bool = True
+    """It takes other weights than equal ones."""
     zero_weight_is_absence: bool = True
     """A candidate of weight 0 might as well not be there."""
     permutation_invariance: bool = True
@@ -127,7 +129,8 @@ class Round(NamedTuple):
 class Accumulator(NamedTuple):
     """The same rule for candidates that come one at a time.
 
-    start: (shape, settings) -> carry.  add: (carry, delta[...], weight, settings) -> carry.  finish: (carry, settings) -> delta.
+    start: (shape, settings) -> carry.  add: (carry, delta[...], weight, settings) -> carry.
+    finish: (carry, settings) -> delta.
     """
 
     start: Callable[[tuple[int, ...], Settings], Any]

@@ -80,7 +80,7 @@ def _combine(gains: bool) -> Callable[..., Float32[Array, "..."]]:
     return combine
 
 
-_PROPERTIES = Properties(identity=None, zero_weight_is_absence=False, scale_equivariance=False)
+_PROPERTIES = Properties(identity=None, weighted=False, scale_equivariance=False)
 
 METHODS = (
     MergeMethod(

@@ -10,10 +10,10 @@ often are, and divides by no less than 1e-6. There are no weights of the user's.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32
 from unlearnjax_kernels.threshold import api as threshold
 
 from unlearnjax.merging.linear import only_equal
@@ -23,9 +23,9 @@ from unlearnjax.merging.protocol import (
     Hyperparameter,
     MergeMethod,
     Properties,
-    Round,
     Rule,
     Settings,
+    State,
     candidates,
     total,
 )
@@ -33,89 +33,45 @@ from unlearnjax.merging.protocol import (
 SELECT = Hyperparameter("select_topk", "share of the varying entries that is kept", default=1.0, low=0.0, high=1.0)
 
 
-class Selected(NamedTuple):
-    """How many entries to keep (limbs), the search for their least variance, and the candidates' sums of squares."""
-
-    keep: Int32[Array, "2"]
-    search: threshold.Search
-    squares: Float32[Array, "N"]
-
-
-def _start(size: int, count: int, settings: Settings) -> Selected:
-    return Selected(threshold.to_limbs(0), threshold.search(1), jnp.zeros(count, jnp.float32))
+def _rounded(product: Float32[Array, "..."]) -> Float32[Array, "..."]:
+    """It without its last bit. XLA computes a variance again wherever it is used, and beside an addition a product would
+    become part of a fused multiply-add, which rounds otherwise: an entry could miss its own threshold.
+    """
+    bits = jax.lax.bitcast_convert_type(product, jnp.uint32) & jnp.uint32(0xFFFFFFFE)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _variance(deltas: Float[Array, "N ..."]) -> Float32[Array, "1 ..."]:
-    points = candidates(deltas)
-    mean = total(points) / len(points)
-    return (total([jnp.square(x - mean) for x in points]) / len(points))[None]
-
-
-def _varying(
-    deltas: Float[Array, "N ..."], weights: Array, state: Selected, draws: Draws | None, base: Array | None,
-    settings: Settings,
-) -> Int32[Array, "2"]:  # fmt: skip
-    return threshold.to_limbs(jnp.sum(_variance(deltas) > 0, dtype=jnp.int32))
-
-
-def _choose(state: Selected, number: Int32[Array, "2"], settings: Settings) -> Selected:
-    """int(select_topk * number), in float32 as in mergekit."""
-    whole = number[1].astype(jnp.float32) * 65536 + number[0].astype(jnp.float32)
-    product = jnp.floor(whole * jnp.asarray(settings["select_topk"], jnp.float32))
-    high = jnp.floor(product / 65536)
-    return state._replace(keep=jnp.stack([(product - high * 65536).astype(jnp.int32), high.astype(jnp.int32)]))
-
-
-def _count(
-    deltas: Float[Array, "N ..."], weights: Array, state: Selected, draws: Draws | None, base: Array | None,
-    settings: Settings,
-) -> Int32[Array, "1 2"]:  # fmt: skip
-    return threshold.count(_variance(deltas), state.search)
-
-
-def _narrow(state: Selected, counts: Int32[Array, "1 2"], settings: Settings) -> Selected:
-    return state._replace(search=threshold.narrow(state.search, counts, state.keep))
-
-
-def _selected(deltas: Float[Array, "N ..."], state: Selected, settings: Settings) -> list[Float32[Array, "..."]]:
-    reaches = threshold.magnitude_bits(_variance(deltas))[0] >= state.search.pattern[0]
-    kept = reaches | (jnp.asarray(settings["select_topk"], jnp.float32) >= 1)
-    return [jnp.where(kept, delta, jnp.float32(0)) for delta in candidates(deltas)]
-
-
-def _squares(
-    deltas: Float[Array, "N ..."], weights: Array, state: Selected, draws: Draws | None, base: Array | None,
-    settings: Settings,
-) -> Float32[Array, "N"]:  # fmt: skip
-    points = _selected(deltas, state, settings)
-    # The number of entries comes along as the last sum: a shard knows only its own.
-    size = jnp.float32(points[0].size)
-    return jnp.stack([*(jnp.sum(x * x) for x in points), size])
-
-
-def _keep(state: Selected, sums: Float32[Array, "N1"], settings: Settings) -> Selected:
-    return state._replace(squares=sums[:-1] / sums[-1])
+def _selected(points: list[Float32[Array, "..."]], share: Float32[Array, ""]) -> Bool[Array, "..."]:
+    mean = _rounded(total(points) / len(points))
+    variance = total([_rounded(jnp.square(x - mean)) for x in points]) / len(points)
+    # The product in float32, as in mergekit.
+    number = jnp.sum(variance > 0, dtype=jnp.int32).astype(jnp.float32) * share
+    pattern = threshold.kth_magnitude(variance[None], number.astype(jnp.int32))[0]
+    return (threshold.magnitude_bits(variance) >= pattern) | (share >= 1)
 
 
 def _combine(guard: float) -> Callable[..., Float32[Array, "..."]]:
+    """guard: the sums that count as none."""
+
     def combine(
         deltas: Float[Array, "N ..."],
         weights: Float32[Array, "N"],
-        state: Selected,
+        state: State,
         draws: Draws | None,
         base: Array | None,
         settings: Settings,
     ) -> Float32[Array, "..."]:
-        points = _selected(deltas, state, settings)
-        whole = jnp.sum(state.squares)
-        equal = whole <= guard if guard == 0 else whole < guard
-        own = jnp.where(equal, jnp.float32(1 / len(points)), state.squares / jnp.where(equal, jnp.float32(1), whole))
+        kept = _selected(candidates(deltas), jnp.asarray(settings["select_topk"], jnp.float32))
+        points = [jnp.where(kept, delta, jnp.float32(0)) for delta in candidates(deltas)]
+        squares = jnp.stack([jnp.mean(x * x) for x in points])
+        whole = jnp.sum(squares)
+        equal = (whole < guard) | (whole == 0)
+        own = jnp.where(equal, jnp.float32(1 / len(points)), squares / jnp.where(equal, jnp.float32(1), whole))
         positive = total(points) >= 0
         agrees = [jnp.where(positive, x > 0, x < 0) for x in points]
-        value = total([jnp.where(keep, own[i] * x, jnp.float32(0)) for i, (keep, x) in enumerate(zip(agrees, points))])
+        value = total([jnp.where(keep, own[i] * points[i], jnp.float32(0)) for i, keep in enumerate(agrees)])
         divisor = total([jnp.where(keep, own[i], jnp.float32(0)) for i, keep in enumerate(agrees)])
-        floor = jnp.float32(guard)
-        divisor = jnp.where(divisor == 0, jnp.float32(1), jnp.maximum(divisor, floor))
+        divisor = jnp.where(divisor == 0, jnp.float32(1), jnp.maximum(divisor, jnp.float32(guard)))
         return settings["lambda"] * value / divisor
 
     return combine
@@ -125,12 +81,10 @@ def _rule(semantics: str, source: str, guard: float) -> Rule:
     return Rule(
         semantics, source, _combine(guard),
         Properties(
-            identity=(("select_topk", 1.0), ("lambda", 1.0)), zero_weight_is_absence=False,
-            negation="unless sums cancel", scale_equivariance=guard == 0,
+            identity=(("select_topk", 1.0), ("lambda", 1.0)), weighted=False, negation="unless sums cancel",
+            scale_equivariance=guard == 0, elementwise=False,
         ),
-        hyperparameters=(SELECT, LAMBDA), start=_start,
-        rounds=(Round(_varying, _choose), Round(_count, _narrow, repeat=threshold.BITS), Round(_squares, _keep)),
-        check_weights=only_equal,
+        hyperparameters=(SELECT, LAMBDA), check_weights=only_equal,
     )  # fmt: skip
 
 

@@ -242,8 +242,7 @@ def _stock(gram: Gram, weights: Float32[Array, "N"], settings: Settings) -> Floa
     size = _lengths(gram)
     products = size[..., :, None] * size[..., None, :]
     cosines = jnp.clip(gram / jnp.maximum(products, jnp.float32(1e-6)), -1, 1)
-    above = np.triu(np.ones((n, n), np.float32), 1)
-    cos = jnp.sum(cosines * jnp.asarray(above), axis=(-2, -1)) / (n * (n - 1) / 2)
+    cos = jnp.mean(cosines[..., *np.triu_indices(n, 1)], axis=-1)
     t = n * cos / (1 + (n - 1) * cos)
     return jnp.broadcast_to((t / n)[..., None], (*t.shape, n))
 
@@ -271,7 +270,7 @@ SLERP = MergeMethod(
         Rule(
             "mergekit", "mergekit 0.1.4 merge_method slerp", _combine(_slerp),
             # The order is t's, and there are no weights.
-            _NONE._replace(permutation_invariance=False, zero_weight_is_absence=False),
+            _NONE._replace(permutation_invariance=False, weighted=False),
             hyperparameters=(T, origin("zero"), LAMBDA), start=_start, rounds=_GRAM, check_weights=only_equal,
             needs_base=_models, least=2, most=2,
         ),
@@ -319,7 +318,7 @@ MODEL_STOCK = MergeMethod(
     (
         Rule(
             "paper", "Model Stock 2403.19522, equation 6; the mean of the pairs' angles is mergekit's",
-            _rows(_stock, "filter_wise", False), _ANGLES._replace(zero_weight_is_absence=False),
+            _rows(_stock, "filter_wise", False), _ANGLES._replace(weighted=False),
             hyperparameters=(FILTER_WISE, LAMBDA), start=_start, rounds=_GRAM, check_weights=only_equal, least=2,
         ),
     ),

@@ -7,7 +7,7 @@ Four codes bear the name and compute different things. With x_i the trimmed delt
 | "paper" | whole model | sum_i w_i x_i | majority of the elected signs | sum w_i x_i / sum of their w_i |
 | "peft" | each tensor | sum_i x_i ("total"), sum_i sign x_i ("frequency") | plus | sum w_i x_i / their number |
 | "mergekit" | each tensor | sum_i w_i x_i | plus | as "paper"; undivided with normalize=False |
-| "fusion_bench" | whole model | as "paper" | as "paper" | sum w_i x_i (merge_func mean: over their number; max: the largest) |
+| "fusion_bench" | whole model | as "paper" | as "paper" | sum w_i x_i; merge_func mean or max of them |
 
 An entry agrees if its sign (weighted, where the vote is) is the elected one; zeros never agree. lambda scales the
 value.
