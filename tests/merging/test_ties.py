@@ -5,7 +5,7 @@ import pytest
 from unlearnjax_kernels.threshold import api as threshold
 
 from unlearnjax.merging import merge
-from unlearnjax.merging.ties import keep_count
+from unlearnjax.merging.trim import keep_count
 
 RNG = np.random.default_rng(5)
 

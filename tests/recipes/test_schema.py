@@ -133,6 +133,8 @@ def test_hyperparameters_out_of_range(name, value, words):
         ({"candidates": {"one": {}}}, "must be a list"),
         ({"candidates": ["one"]}, "candidate 1: must be a mapping"),
         ({**ONE, "name": 7}, "name must be text"),
+        ({**ONE, "merges": [{"method": "slerp", "t": 0.5, "origin": "base"}]}, "merges exactly 2 candidates"),
+        ({**ONE, "merges": [{"method": "slerp", "t": 0.5}]}, "slerp works on whole weights, and a run merges adapters"),
         ({**ONE, 7: 7}, "7 is not text"),
         ({"candidates": [{"name": 7}]}, "name must be text"),
         ({"candidates": [{"name": None}]}, "name must be text"),

@@ -114,12 +114,16 @@ def _merge_factors(
     root = jnp.sqrt(jnp.abs(strength))
     # The sign goes to A alone: on both factors it would cancel.
     factor_weights = {"a": jnp.where(strength >= 0, root, -root), "b": root}
+    key = options.pop("key")
+    # Each factor draws its own numbers: their leaves have the same names.
+    keys = dict(zip(("a", "b"), (None, None) if key is None else jax.random.split(key), strict=True))
     merged = {
         name: merge_stacked(
-            {path: pair[name] for path, pair in linears.items()}, method, weights=own, **options, **settings
+            {path: pair[name] for path, pair in linears.items()}, method, weights=own, key=keys[name], **options,
+            **settings,
         )
         for name, own in factor_weights.items()
-    }
+    }  # fmt: skip
     return _nest({path: {name: merged[name][path] for name in ("a", "b")} for path in linears})
 
 

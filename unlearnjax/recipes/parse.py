@@ -214,7 +214,7 @@ def _check_merge(merge: Merge, candidates: Sequence[str], where: str) -> None:
     """Everything that `unlearnjax.merge` would refuse after the training, before it."""
     import numpy as np
 
-    from unlearnjax.merging.api import check_hyperparameters, methods
+    from unlearnjax.merging.api import check_count, check_hyperparameters, methods
 
     check_known([merge.method], methods(), "merge method", where)
     check_known([merge.space], methods()[merge.method].spaces, f"space of {merge.method}", where)
@@ -232,6 +232,9 @@ def _check_merge(merge: Merge, candidates: Sequence[str], where: str) -> None:
             f"{where}: {merge.method} with semantics {rule.semantics} does not work in space {merge.space}; "
             f"semantics that do: {', '.join(able)}"
         )
+    if rule.wants_base(settings):
+        hint = "; pass origin: base" if "origin" in settings else ""
+        raise UserError(f"{where}: {merge.method} works on whole weights, and a run merges adapters{hint}")
     if merge.rank is not None and merge.space != "delta":
         raise UserError(f"{where}: rank is what a delta is exported with; in space {merge.space} leave it out")
     if merge.of is not None:
@@ -239,6 +242,10 @@ def _check_merge(merge: Merge, candidates: Sequence[str], where: str) -> None:
         if len(set(merge.of)) < len(merge.of):
             raise UserError(f"{where}: of names a candidate twice: {', '.join(merge.of)}")
     count = len(candidates if merge.of is None else merge.of)
+    try:
+        check_count(method, rule, count)
+    except UserError as error:
+        raise UserError(f"{where}: {str(error).removeprefix('merge: ')}") from None
     if merge.weights is not None:
         if len(merge.weights) != count:
             raise UserError(f"{where}: {len(merge.weights)} weights for {count} candidates; give one for each")
