@@ -146,3 +146,24 @@ def test_the_number_kept_is_that_of_double_precision():
             low, high = np.asarray(keep_count(np.float32(density), size), np.int64)
             assert abs(low + (high << 16) - density * size) <= 1.2e-7 * size + 1
     assert np.asarray(keep_count(1.0, 10, extra=1)).tolist() == [10, 0]
+
+
+@pytest.mark.parametrize("density", [0.2, 0.8])
+@pytest.mark.parametrize("function", ["sum", "mean", "max"])
+def test_fusion_bench(function, density):
+    """Trim and election are the paper's; agreeing entries are summed by default, and the result is times .3."""
+    tree = tree_of(3)
+    rows = flat(tree).astype(np.float64)
+    kth = np.sort(np.abs(rows), axis=1)[:, rows.shape[1] - int(density * rows.shape[1]) - 1]
+    rows = np.where(np.abs(rows) >= kth[:, None], rows, 0.0)
+    signs = np.sign(rows.sum(axis=0))
+    signs[signs == 0] = np.sign(signs.sum())
+    agree = np.where(signs[None] > 0, rows > 0, rows < 0) * rows
+    value = {
+        "sum": agree.sum(axis=0),
+        "mean": agree.sum(axis=0) / np.maximum((agree != 0).sum(axis=0), 1),
+        "max": np.abs(agree).max(axis=0) * signs,
+    }[function]
+    found = merge(tree, "ties", semantics="fusion_bench", density=density, merge_func=function)
+    for name, expected in unflat(0.3 * value, tree).items():
+        np.testing.assert_allclose(found[name], expected, rtol=2e-6, atol=1e-7)

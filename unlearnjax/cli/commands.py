@@ -105,3 +105,11 @@ def score(a: argparse.Namespace) -> None:
     from unlearnjax.evaluation.semeval import score_folder
 
     print(json.dumps(score_folder(a.folder, a.mmlu, warn=_warn), indent=1))
+
+
+def methods(a: argparse.Namespace) -> None:
+    """List the merge methods, or describe one."""
+    from unlearnjax.cli.methods import details, overview
+    from unlearnjax.merging.api import methods as known
+
+    print(overview(known()) if a.name is None else details(known(), a.name))

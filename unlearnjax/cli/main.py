@@ -106,6 +106,9 @@ def parser() -> argparse.ArgumentParser:
     p = add("score", commands.score, "The official scores of a folder of generation CSVs with the official columns.")
     p.add_argument("folder", help="holds forget_*.csv and retain_*.csv, and mia_results/ if membership is to be scored")
     p.add_argument("--mmlu", metavar="FILE", help="a metrics.json with average_acc")
+
+    p = add("methods", commands.methods, "The merge methods: their definitions, spaces and parameters.")
+    p.add_argument("name", nargs="?", metavar="NAME", help="one method, in full")
     return top
 
 
@@ -128,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif arguments.command is None:
             parser().print_help()
         else:
-            if argv is None and arguments.command != "score":
+            if argv is None and arguments.command not in ("score", "methods"):
                 restart_with_huge_pages()
             arguments.command_line = ["unlearnjax", *(sys.argv[1:] if argv is None else argv)]
             arguments.stop = Stop()
