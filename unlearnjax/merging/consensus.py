@@ -49,23 +49,22 @@ class Votes(NamedTuple):
 
     up: Float32[Array, "..."]
     """Over the positive entries, or over all."""
-    down: Float32[Array, "..."] | None
+    down: Float32[Array, "..."]
+    """Over the negative entries, or a scalar 0."""
     up_share: Float32[Array, "..."]
     """The weights of the positive entries, or of all (a scalar)."""
-    down_share: Float32[Array, "..."] | None
+    down_share: Float32[Array, "..."]
     ups: Int16[Array, "..."]
     downs: Int16[Array, "..."]
-    count: Int32[Array, ""]
+    voters: Int32[Array, ""]
     """How many candidates have a weight."""
 
 
 def _start(shape: tuple[int, ...], settings: Settings) -> Votes:
     apart = settings["average"] == "agreeing"
-    sums, number = jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int16)
-    return Votes(
-        sums, sums if apart else None, sums if apart else jnp.float32(0), sums if apart else None, number, number,
-        jnp.int32(0),
-    )  # fmt: skip
+    sums, number, none = jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int16), jnp.float32(0)
+    own = sums if apart else none
+    return Votes(sums, own, own, own, number, number, jnp.int32(0))
 
 
 def _add(votes: Votes, delta: Float[Array, "..."], weight: Float32[Array, ""], settings: Settings) -> Votes:
@@ -78,20 +77,20 @@ def _add(votes: Votes, delta: Float[Array, "..."], weight: Float32[Array, ""], s
             votes.down_share + jnp.where(x < 0, strength, none),
         )
     else:
-        sums = (votes.up + x, None, votes.up_share + strength, None)
-    count = votes.count + (weight != 0).astype(jnp.int32)
-    return Votes(*sums, votes.ups + (x > 0).astype(jnp.int16), votes.downs + (x < 0).astype(jnp.int16), count)
+        sums = (votes.up + x, none, votes.up_share + strength, none)
+    voters = votes.voters + (weight != 0).astype(jnp.int32)
+    return Votes(*sums, votes.ups + (x > 0).astype(jnp.int16), votes.downs + (x < 0).astype(jnp.int16), voters)
 
 
-def _needed(count: Int32[Array, ""], rho: float | Float32[Array, ""]) -> Int32[Array, ""]:
+def _needed(voters: Int32[Array, ""], rho: float | Float32[Array, ""]) -> Int32[Array, ""]:
     """ceil(rho n); a product that is an integer up to float32's rounding counts as one."""
-    product = jnp.asarray(rho, jnp.float32) * count.astype(jnp.float32)
+    product = jnp.asarray(rho, jnp.float32) * voters.astype(jnp.float32)
     return jnp.ceil(product * jnp.float32(1 - 2e-7)).astype(jnp.int32)
 
 
 def _finish(votes: Votes, settings: Settings) -> Float32[Array, "..."]:
     none = jnp.float32(0)
-    needed = _needed(votes.count, settings["rho"])
+    needed = _needed(votes.voters, settings["rho"])
     # More than half agree, so never both; a candidate without weight has no vote.
     up, down = (number.astype(jnp.int32) >= needed for number in (votes.ups, votes.downs))
     if settings["average"] == "agreeing":
@@ -101,11 +100,11 @@ def _finish(votes: Votes, settings: Settings) -> Float32[Array, "..."]:
         value, share = votes.up, votes.up_share
         kept = (up & (value > 0)) | (down & (value < 0))
     mean = value / jnp.where(share == 0, jnp.float32(1), share)
-    return settings["lambda"] * jnp.where(kept & (votes.count > 0), mean, none)
+    return settings["lambda"] * jnp.where(kept & (votes.voters > 0), mean, none)
 
 
 def _conflict(votes: Votes, settings: Settings) -> Float32[Array, "..."]:
-    agree = jnp.maximum(votes.ups, votes.downs).astype(jnp.int32) == votes.count
+    agree = jnp.maximum(votes.ups, votes.downs).astype(jnp.int32) == votes.voters
     mean = votes.up / jnp.where(votes.up_share == 0, jnp.float32(1), votes.up_share)
     return settings["lambda"] * jnp.where(agree, jnp.float32(0), mean)
 

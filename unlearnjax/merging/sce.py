@@ -34,8 +34,8 @@ SELECT = Hyperparameter("select_topk", "share of the varying entries that is kep
 
 
 def _rounded(product: Float32[Array, "..."]) -> Float32[Array, "..."]:
-    """It without its last bit. XLA computes a variance again wherever it is used, and beside an addition a product would
-    become part of a fused multiply-add, which rounds otherwise: an entry could miss its own threshold.
+    """It without its last bit. XLA computes a variance again wherever it is used, and beside an addition a product
+    would become part of a fused multiply-add, which rounds otherwise: an entry could miss its own threshold.
     """
     bits = jax.lax.bitcast_convert_type(product, jnp.uint32) & jnp.uint32(0xFFFFFFFE)
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
