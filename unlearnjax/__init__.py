@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from unlearnjax.errors import UserError
     from unlearnjax.merging.api import merge, methods
+    from unlearnjax.merging.stream import merge_stream
     from unlearnjax.models.language_model import LanguageModel, load_model, save_model
 
 __version__ = "0.1.0"
@@ -18,11 +19,12 @@ _HOMES = {
     "UserError": "unlearnjax.errors",
     "load_model": "unlearnjax.models.language_model",
     "merge": "unlearnjax.merging.api",
+    "merge_stream": "unlearnjax.merging.stream",
     "methods": "unlearnjax.merging.api",
     "save_model": "unlearnjax.models.language_model",
 }
 
-__all__ = ["LanguageModel", "UserError", "__version__", "load_model", "merge", "methods", "save_model"]
+__all__ = ["LanguageModel", "UserError", "__version__", "load_model", "merge", "merge_stream", "methods", "save_model"]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,7 @@ from unlearnjax.merging.protocol import (
     Round,
     Rule,
 )
+from unlearnjax.merging.stream import merge_stream
 
 __all__ = [
     "Accumulator",
@@ -23,6 +24,7 @@ __all__ = [
     "lora_delta",
     "merge",
     "merge_lora",
+    "merge_stream",
     "methods",
     "to_lora",
     "truncation_errors",

@@ -124,7 +124,7 @@ LINEAR = MergeMethod(
             _combine,
             Properties(identity=(("lambda", 1.0),), streamable=True),
             hyperparameters=(NORMALIZE, LAMBDA),
-            accumulator=_ACCUMULATOR,
+            accumulator=_ACCUMULATOR._replace(needs_weights=lambda settings: not settings["normalize"]),
             check_weights=_check_weights,
         ),
         Rule(

@@ -131,11 +131,14 @@ class Accumulator(NamedTuple):
 
     start: (shape, settings) -> carry.  add: (carry, delta[...], weight, settings) -> carry.
     finish: (carry, settings) -> delta.
+    needs_weights: (settings) -> whether the default weights depend on how many candidates there will be; where they do
+        not, each candidate without a weight has weight 1.
     """
 
     start: Callable[[tuple[int, ...], Settings], Any]
     add: Callable[[Any, Float[Array, "..."], Float32[Array, ""], Settings], Any]
     finish: Callable[[Any, Settings], Float32[Array, "..."]]
+    needs_weights: Callable[[Settings], bool] = lambda settings: False
 
 
 def _no_state(size: int, count: int, settings: Settings) -> State:
