@@ -184,8 +184,8 @@ def peft_rule(sparsifier: Sparsifier, source: str, elects: bool) -> Rule:
     return Rule(
         "peft", source, combine, properties,
         hyperparameters=(*sparsifier.hyperparameters, *([elect.MAJORITY] if elects else []), LAMBDA),
-        spaces=("delta", "factors"), default_weight="one", start=_start(sparsifier), rounds=_own_rounds(sparsifier),
-        needs_key=sparsifier.needs_key,
+        spaces=("delta", "core", "factors"), default_weight="one", start=_start(sparsifier),
+        rounds=_own_rounds(sparsifier), needs_key=sparsifier.needs_key,
     )  # fmt: skip
 
 

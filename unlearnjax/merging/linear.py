@@ -133,7 +133,7 @@ LINEAR = MergeMethod(
             _combine,
             Properties(identity=(("lambda", 1.0),), streamable=True),
             hyperparameters=(LAMBDA,),
-            spaces=("delta", "factors"),
+            spaces=("delta", "core", "factors"),
             default_weight="one",
             accumulator=_ACCUMULATOR,
         ),
@@ -146,6 +146,7 @@ LINEAR = MergeMethod(
             default_weight="one",
             check_weights=_check_weights,
             needs_base=True,
+            spaces=("delta",),
         ),
     ),
 )

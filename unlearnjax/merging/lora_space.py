@@ -2,6 +2,8 @@
 
     "delta"    D_i = scale_i B_i A_i is formed for every linear and the deltas are merged: the truth. The result is a
                full delta; writing it as an adapter again (`to_lora`) loses what `truncation_error` says.
+    "core"     The same deltas in bases shared by all candidates, as small matrices, merged there (see `core_space`).
+               The result is an adapter of at most the ranks' sum.
     "factors"  PEFT's rule: A and B are merged apart, as if they were two deltas, each with the square root of
                w_i scale_i. The result is an adapter of the same rank, and contains cross terms B_i A_j.
 
@@ -11,6 +13,7 @@ A LoRA tree holds, for each adapted linear, {"a": [(N,) L, r, in], "b": [(N,) L,
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,9 +22,11 @@ from jaxtyping import Array, Float, Float32, PyTree
 
 from unlearnjax.errors import UserError, nearest
 from unlearnjax.merging.api import check_hyperparameters, find_rule, merge_stacked
+from unlearnjax.merging.core_space import merge_core
+from unlearnjax.merging.lora_tree import linears_of, nest, per_candidate, stack_of
 from unlearnjax.merging.protocol import MergeMethod, Rule
 
-SPACES = ("delta", "factors")
+SPACES = ("delta", "core", "factors")
 
 
 class LowRank(NamedTuple):
@@ -46,7 +51,7 @@ def lora_delta(lora: PyTree, scale: float | Float[Array, "*N"]) -> PyTree:
         UserError: the tree is no LoRA tree, or `scale` does not fit its stack.
     """
     factor = jnp.asarray(scale, jnp.float32)
-    return _nest({path: {"weight": _product(path, pair, factor)} for path, pair in _linears(lora).items()})
+    return nest({path: {"weight": _product(path, pair, factor)} for path, pair in linears_of(lora).items()})
 
 
 def merge_lora(
@@ -58,6 +63,8 @@ def merge_lora(
     weights: Float[Array, "N"] | None = None,
     semantics: str | None = None,
     key: Array | None = None,
+    ranks: Sequence[int] | None = None,
+    compress: int | None = None,
     **hyperparameters: Any,
 ) -> PyTree:
     """Merges a stack of N LoRA adapters.
@@ -67,13 +74,15 @@ def merge_lora(
         scale: [N], alpha / rank of each candidate.
         method, semantics, key, hyperparameters: as in `merge`. In space "factors" the semantics is "peft" unless named,
             and lambda scales the adapter's delta (not each of its factors).
-        space: "delta" or "factors". "factors" takes ranks as they are: candidates padded to a common rank are trimmed
-            over their padding too, where PEFT refuses different ranks.
+        space: "delta", "core" or "factors". "factors" takes ranks as they are: candidates padded to a common rank are
+            trimmed over their padding too, where PEFT refuses different ranks.
         weights: [N]. None is `merge`'s default in space "delta"; in "factors" it is 1 each, as PEFT's callers write it
             (for `linear` that makes the step N times the mean's, and adds the cross terms).
+        ranks, compress: for space "core", see `core_space`.
 
     Returns:
-        "delta": {"weight": [L, out, in]} for each linear, float32. "factors": a LoRA tree of the same rank, of scale 1.
+        "delta": {"weight": [L, out, in]} for each linear, float32. "core": a LoRA tree of the ranks' sum or `compress`.
+        "factors": a LoRA tree of the same rank. Both are of scale 1.
 
     Raises:
         UserError: as `merge`; an unknown space, or one the semantics does not work in; a tree that is no LoRA tree.
@@ -87,13 +96,20 @@ def merge_lora(
         able = " and ".join(repr(other.semantics) for other in found.rules if space in other.spaces)
         hint = f"pass semantics {able}" if able else "use space 'delta'"
         raise UserError(f"merge: {found.name} ({rule.semantics} semantics) does not work in space {space!r}; {hint}")
-    linears = _stack(lora)
-    scale = _per_candidate("scale", scale, linears)
+    if space == "core":
+        return merge_core(
+            lora, scale, found, weights=weights, semantics=rule.semantics, key=key, ranks=ranks, compress=compress,
+            **hyperparameters,
+        )  # fmt: skip
+    if ranks is not None or compress is not None:
+        raise UserError(f"merge: ranks and compress are for space 'core', not {space!r}")
+    linears = stack_of(lora)
+    scale = per_candidate("scale", scale, linears)
     options: dict[str, Any] = {"semantics": rule.semantics, "key": key, "stacked": 1}
     if space == "delta":
         deltas = {path: _product(path, pair, scale) for path, pair in linears.items()}
         merged = merge_stacked(deltas, found, weights=weights, **options, **hyperparameters)
-        return _nest({path: {"weight": delta} for path, delta in merged.items()})
+        return nest({path: {"weight": delta} for path, delta in merged.items()})
     return _merge_factors(linears, scale, found, rule, weights, options, hyperparameters)
 
 
@@ -109,7 +125,7 @@ def _merge_factors(
     settings = check_hyperparameters(method, rule, hyperparameters)
     if "lambda" in settings:  # it scales the product, so each factor takes its root
         settings["lambda"] = jnp.sqrt(jnp.asarray(settings["lambda"], jnp.float32))
-    given = jnp.ones_like(scale) if weights is None else _per_candidate("weights", weights, linears)
+    given = jnp.ones_like(scale) if weights is None else per_candidate("weights", weights, linears)
     strength = given * scale
     root = jnp.sqrt(jnp.abs(strength))
     # The sign goes to A alone: on both factors it would cancel.
@@ -124,7 +140,7 @@ def _merge_factors(
         )
         for name, own in factor_weights.items()
     }  # fmt: skip
-    return _nest({path: {name: merged[name][path] for name in ("a", "b")} for path in linears})
+    return nest({path: {name: merged[name][path] for name in ("a", "b")} for path in linears})
 
 
 def concatenate_lora(lora: PyTree, scale: Float[Array, "N"], weights: Float[Array, "N"] | None = None) -> PyTree:
@@ -139,10 +155,10 @@ def concatenate_lora(lora: PyTree, scale: Float[Array, "N"], weights: Float[Arra
     Raises:
         UserError: the tree is no stack of LoRA adapters, or scale or weights do not have N entries.
     """
-    linears = _stack(lora)
-    scale = _per_candidate("scale", scale, linears)
+    linears = stack_of(lora)
+    scale = per_candidate("scale", scale, linears)
     count = scale.shape[0]
-    given = _per_candidate("weights", [1 / count] * count if weights is None else weights, linears)
+    given = per_candidate("weights", [1 / count] * count if weights is None else weights, linears)
 
     def join(pair: dict[str, Array]) -> dict[str, Array]:
         a = (given * scale).reshape(-1, 1, 1, 1) * pair["a"].astype(jnp.float32)
@@ -151,7 +167,7 @@ def concatenate_lora(lora: PyTree, scale: Float[Array, "N"], weights: Float[Arra
             "b": jnp.concatenate(list(pair["b"].astype(jnp.float32)), axis=2),
         }
 
-    return _nest({path: join(pair) for path, pair in linears.items()})
+    return nest({path: join(pair) for path, pair in linears.items()})
 
 
 def to_lora(delta: PyTree, rank: int) -> LowRank:
@@ -166,8 +182,8 @@ def to_lora(delta: PyTree, rank: int) -> LowRank:
     """
     if rank < 1:
         raise UserError(f"to_lora: rank is {rank} and must be at least 1")
-    linears = _linears(delta, ("weight",), 3)
-    lora = _nest({path: _truncate(leaf["weight"].astype(jnp.float32), rank) for path, leaf in linears.items()})
+    linears = linears_of(delta, ("weight",), 3)
+    lora = nest({path: _truncate(leaf["weight"].astype(jnp.float32), rank) for path, leaf in linears.items()})
     missed, size = _norms(delta, lora, 1.0)
     return LowRank(lora, 1.0, _ratio(sum(missed.values()), sum(size.values())))
 
@@ -192,8 +208,8 @@ def _truncate(delta: Float32[Array, "L out in"], rank: int) -> dict[str, Float32
 def _norms(delta: PyTree, lora: PyTree, scale: float) -> tuple[dict[str, float], dict[str, float]]:
     """Squared Frobenius norms of what the adapter misses, and of the delta, by path."""
     missed, size = {}, {}
-    pairs = _linears(lora)
-    for path, leaf in _linears(delta, ("weight",), 3).items():
+    pairs = linears_of(lora)
+    for path, leaf in linears_of(delta, ("weight",), 3).items():
         if path not in pairs:
             raise UserError(f"truncation_errors: the adapter has no {path}; give the adapter made from this delta")
         full = leaf["weight"].astype(jnp.float32)
@@ -219,58 +235,3 @@ def _product(path: str, pair: dict[str, Array], scale: Float32[Array, "*N"]) -> 
     # A TPU would multiply in bfloat16 by default, and deltas are float32.
     product = jnp.matmul(b, a, precision=jax.lax.Precision.HIGHEST)
     return scale.reshape(*scale.shape, 1, 1, 1) * product
-
-
-def _linears(tree: PyTree, names: tuple[str, ...] = ("a", "b"), ndim: int | None = None) -> dict[str, dict[str, Array]]:
-    """The linears of a nested dict by path, each a dict with exactly these names."""
-    found: dict[str, dict[str, Array]] = {}
-
-    def walk(node: Any, path: str) -> None:
-        where = path or "the tree"
-        if not isinstance(node, dict) or not node:
-            raise UserError(f"{where} is not a dict of linears with {' and '.join(names)}")
-        if set(node) != set(names) or any(isinstance(value, dict) for value in node.values()):
-            for name, child in node.items():
-                walk(child, f"{path}/{name}" if path else name)
-            return
-        shapes = {name: tuple(value.shape) for name, value in node.items()}
-        ranks_fit = "a" not in names or shapes["a"][-2] == shapes["b"][-1]
-        if len({len(shape) for shape in shapes.values()}) != 1 or not ranks_fit:
-            raise UserError(f"{where}: shapes {shapes} do not fit; a is [..., L, r, in] and b [..., L, out, r]")
-        if ndim is not None and any(len(shape) != ndim for shape in shapes.values()):
-            raise UserError(f"{where}: shapes {shapes} must have {ndim} axes")
-        found[path] = {name: jnp.asarray(value) for name, value in node.items()}
-
-    walk(tree, "")
-    return found
-
-
-def _stack(lora: PyTree) -> dict[str, dict[str, Array]]:
-    """The linears of a stack of candidates."""
-    linears = _linears(lora, ndim=4)
-    counts = {path: (pair["a"].shape[0], pair["b"].shape[0]) for path, pair in linears.items()}
-    if len({count for pair in counts.values() for count in pair}) != 1:
-        raise UserError(f"merge: the linears hold different numbers of candidates (a, b): {counts}")
-    return linears
-
-
-def _per_candidate(name: str, values: Any, linears: dict[str, dict[str, Array]]) -> Float32[Array, "N"]:
-    count = next(iter(linears.values()))["a"].shape[0]
-    array = jnp.asarray(values, jnp.float32)
-    if array.shape != (count,):
-        raise UserError(f"merge: {name} has shape {array.shape} for {count} candidates; give {count} numbers")
-    return array
-
-
-def _nest(flat: dict[str, Any]) -> PyTree:
-    """{"layers/mlp/up": x} as {"layers": {"mlp": {"up": x}}}; the path of a bare linear is ""."""
-    if "" in flat:
-        return flat[""]
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, last = path.split("/")
-        node = tree
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[last] = value
-    return tree

@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Float32, UInt32
 from unlearnjax_kernels.dare import api as dare
 
 Scope = Literal["leaf", "tree"]
-Space = Literal["delta", "factors"]
+Space = Literal["delta", "core", "factors"]
 Settings = Mapping[str, Any]
 """Hyperparameters by name: numbers as float32 scalars (traced or not), flags and choices as Python values."""
 
@@ -166,8 +166,9 @@ class Rule(NamedTuple):
     hyperparameters: tuple[Hyperparameter, ...] = ()
     scope: Scope = "leaf"
     """What one set of statistics covers: every leaf its own, or the whole tree."""
-    spaces: tuple[Space, ...] = ("delta",)
-    """"factors" only for rules whose result is proportional to the weights: that is how a factor gets its scale."""
+    spaces: tuple[Space, ...] = ("delta", "core")
+    """Of LoRA adapters. Not "core" for rules that read the base weights; "factors" only for rules whose result is
+    proportional to the weights: that is how a factor gets its scale."""
     default_weight: Literal["mean", "one"] = "mean"
     """Weights when none are given: 1/N each, or 1 each."""
     start: Callable[[int, int, Settings], State] = _no_state

@@ -52,7 +52,8 @@ def merge_stream(
     numbers = {p.name: jnp.asarray(settings[p.name], jnp.float32) for p in rule.hyperparameters if not p.static}
     start, add, finish = _compiled(rule, static)
 
-    first = carry = treedef = None
+    carry: Any = None
+    first = treedef = None
     used: list[float] = []
     for number, (candidate, weight) in enumerate(_weighted(candidates, weights)):
         leaves, own = jax.tree_util.tree_flatten_with_path(candidate)

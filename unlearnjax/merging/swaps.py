@@ -97,7 +97,7 @@ METHODS = (
             Rule(
                 "mergekit", "mergekit 0.1.4 merge_method arcee_fusion", _fusion,
                 Properties(identity=None, scale_equivariance=False, negation="never", elementwise=False),
-                hyperparameters=(LAMBDA,), needs_base=True, most=1,
+                hyperparameters=(LAMBDA,), needs_base=True, spaces=("delta",), most=1,
             ),
         ),
     ),
@@ -108,7 +108,7 @@ METHODS = (
             Rule(
                 "mergekit", "mergekit 0.1.4 merge_method passthrough", _passthrough,
                 Properties(identity=(("scale", 1.0), ("lambda", 1.0)), scale_equivariance=False, negation="never"),
-                hyperparameters=(SCALE, LAMBDA), needs_base=True, most=1,
+                hyperparameters=(SCALE, LAMBDA), needs_base=True, spaces=("delta",), most=1,
             ),
         ),
     ),
