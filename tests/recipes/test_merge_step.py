@@ -8,7 +8,7 @@ import pytest
 from unlearnjax.errors import UserError
 from unlearnjax.merging.lora_space import lora_delta
 from unlearnjax.recipes.evaluate_step import _summary
-from unlearnjax.recipes.merge_step import export, merge_candidates
+from unlearnjax.recipes.merge_step import describe, export, merge_candidates
 from unlearnjax.recipes.parse import recipe_from
 from unlearnjax.recipes.run import Trained, choose_export, merge_all
 from unlearnjax.training.loop import Result
@@ -66,9 +66,37 @@ def test_a_rank_that_is_named_truncates():
     assert exported.rank == 2 and exported.truncation_error > 0.1
 
 
+@pytest.mark.parametrize("method", ["uniform", "task_arithmetic"])
+def test_other_sums_are_exported_exactly_too(method):
+    (merge,) = recipe_with({"method": method, "lambda": 0.5}).merges
+    merged = merge_candidates(merge, STACK, SCALE, [0, 2], 0)
+    exported = export(merged, STACK, SCALE, 4)
+    assert exported.rank == 8 and exported.truncation_error < 1e-6
+    found = lora_delta(exported.lora, 1.0)["layers"]["attention"]["q"]["weight"]
+    np.testing.assert_allclose(found, merged.delta["layers"]["attention"]["q"]["weight"], atol=1e-5)
+
+
+def test_a_merge_in_core_space_is_exported_as_it_is_unless_a_rank_is_named():
+    core = {"method": "ties", "space": "core", "density": 0.5}
+    whole, cut, small = (
+        merge_candidates(m, STACK, SCALE, [0, 2], 0, [4, 4, 3])
+        for m in recipe_with(core, {**core, "rank": 2, "name": "cut"}, {**core, "compress": 2}).merges
+    )
+    exported = export(whole, STACK, SCALE, 4)
+    # The linear takes 6 numbers: no more directions than that, of the ranks' 4 + 3.
+    assert exported.rank == 6 and exported.truncation_error < 1e-5 and whole.lora is None
+    found = lora_delta(exported.lora, 1.0)["layers"]["attention"]["q"]["weight"]
+    np.testing.assert_allclose(found, whole.delta["layers"]["attention"]["q"]["weight"], atol=1e-4)
+    truncated = export(cut, STACK, SCALE, 4)
+    assert truncated.rank == 2 and truncated.truncation_error > 0.1
+    compressed = export(small, STACK, SCALE, 4)
+    assert compressed.rank == 2 and compressed.truncation_error < 1e-5
+    assert describe(small, compressed, ["a", "b", "c"])["hyperparameters"] == {"density": 0.5, "compress": 2}
+
+
 @pytest.mark.parametrize("kind", [
     {"method": "linear"}, {"method": "ties", "density": 0.5}, {"method": "linear", "space": "factors"},
-    {"method": "ties", "space": "factors", "density": 0.5},
+    {"method": "ties", "space": "factors", "density": 0.5}, {"method": "ties", "space": "core", "density": 0.5},
 ])  # fmt: skip
 def test_a_merge_has_the_length_asked_for_and_its_own_direction(kind):
     own, long = (

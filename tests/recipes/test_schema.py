@@ -182,6 +182,8 @@ def test_hyperparameters_out_of_range(name, value, words):
         ({**ONE, "merges": [LINEAR | {"density": 0.5}]}, "no hyperparameter 'density'"),
         ({**ONE, "merges": [LINEAR | {"rank": 0}]}, "rank must be a whole number"),
         ({**ONE, "merges": [LINEAR | {"space": "factors", "rank": 4}]}, "rank is what a delta is exported with"),
+        ({**ONE, "merges": [LINEAR | {"compress": 4}]}, "compress is for space core; in space delta leave it out"),
+        ({**ONE, "merges": [LINEAR | {"space": "core", "compress": 0}]}, "compress must be a whole number"),
         ({**ONE, "merges": [LINEAR | {"weights": 1}]}, "weights must be a list of numbers"),
         ({**ONE, "merges": [LINEAR | {"weights": ["a"]}]}, "weights must be a list of numbers"),
         ({**TWO, "merges": [LINEAR | {"weights": [1]}]}, "1 weights for 2 candidates"),

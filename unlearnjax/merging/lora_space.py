@@ -184,8 +184,13 @@ def to_lora(delta: PyTree, rank: int) -> LowRank:
         raise UserError(f"to_lora: rank is {rank} and must be at least 1")
     linears = linears_of(delta, ("weight",), 3)
     lora = nest({path: _truncate(leaf["weight"].astype(jnp.float32), rank) for path, leaf in linears.items()})
-    missed, size = _norms(delta, lora, 1.0)
-    return LowRank(lora, 1.0, _ratio(sum(missed.values()), sum(size.values())))
+    return LowRank(lora, 1.0, truncation_error(delta, lora))
+
+
+def truncation_error(delta: PyTree, lora: PyTree, scale: float = 1.0) -> float:
+    """|delta - scale b a| / |delta| in Frobenius norm over the whole tree (0 for a zero delta)."""
+    missed, size = _norms(delta, lora, scale)
+    return _ratio(sum(missed.values()), sum(size.values()))
 
 
 def truncation_errors(delta: PyTree, lora: PyTree, scale: float = 1.0) -> dict[str, float]:

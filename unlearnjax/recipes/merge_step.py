@@ -11,13 +11,24 @@ from jaxtyping import Array, Float, PyTree
 from unlearnjax.adapters.lora import scaled
 from unlearnjax.errors import UserError
 from unlearnjax.merging.api import merge
+from unlearnjax.merging.core_space import truncate_lora
 from unlearnjax.merging.geometry import gram, lengths
-from unlearnjax.merging.lora_space import concatenate_lora, merge_lora, to_lora, truncation_errors
+from unlearnjax.merging.lora_space import (
+    concatenate_lora,
+    lora_delta,
+    merge_lora,
+    to_lora,
+    truncation_error,
+    truncation_errors,
+)
 from unlearnjax.recipes.schema import Merge, rule_of
+
+SUMS = ("linear", "uniform", "task_arithmetic")  # merges whose delta is a weighted sum of the candidates'
 
 
 class Merged(NamedTuple):
-    """One merge's result. Exactly one of `lora` (scale 1) and `delta` is what the merge computed.
+    """One merge's result. Exactly one of `lora` (scale 1) and `delta` is what is evaluated; `core` is the delta as the
+    adapter (scale 1) that a merge in core space computed.
 
     `length` is its Frobenius norm over the mean of the candidates', and `rescaled` what it was multiplied by for that.
     """
@@ -29,6 +40,7 @@ class Merged(NamedTuple):
     delta: PyTree[Array] | None
     length: float | None  # None where the candidates have none
     rescaled: float = 1.0
+    core: PyTree[Array] | None = None
 
 
 class Exported(NamedTuple):
@@ -39,8 +51,18 @@ class Exported(NamedTuple):
     truncation_error: float
 
 
-def merge_candidates(wanted: Merge, stacked: PyTree[Array], scale: Array, kept: Sequence[int], seed: int) -> Merged:
+def merge_candidates(
+    wanted: Merge,
+    stacked: PyTree[Array],
+    scale: Array,
+    kept: Sequence[int],
+    seed: int,
+    ranks: Sequence[int] | None = None,
+) -> Merged:
     """Merge the candidates `kept` of a stack ([N, ...] leaves, scale [N]); weights of the others are dropped.
+
+    Args:
+      ranks: of each of the N where the stack is padded; None: all are the stack's.
 
     Raises:
       UserError: from the method (see `unlearnjax.merge`), or no candidate is left.
@@ -49,11 +71,14 @@ def merge_candidates(wanted: Merge, stacked: PyTree[Array], scale: Array, kept: 
         raise UserError("no candidate is left, all of them diverged; lower learning_rate")
     chosen = np.asarray(kept, np.int32)
     semantics = rule_of(wanted)[1].semantics
+    core = wanted.space == "core"
+    used = None if ranks is None else [ranks[i] for i in kept]
+    more: dict[str, Any] = {"ranks": used, "compress": wanted.compress} if core else {}
     result = merge_lora(
         jax.tree.map(lambda x: x[chosen], stacked), scale[chosen], wanted.method, wanted.space,
-        weights=_weights(wanted, kept), semantics=semantics, key=jax.random.key(seed), **wanted.hyperparameters,
+        weights=_weights(wanted, kept), semantics=semantics, key=jax.random.key(seed), **more, **wanted.hyperparameters,
     )  # fmt: skip
-    in_factors = wanted.space == "factors"
+    in_factors = wanted.space != "delta"
     adapters = scaled(jax.tree.map(lambda x: x[chosen], stacked), scale[chosen])
     mean = float(np.mean(lengths(gram(adapters).whole)))
     own = float(lengths(gram(jax.tree.map(lambda x: x[None], result)).whole)[0]) if in_factors else _norm(result)
@@ -62,6 +87,8 @@ def merge_candidates(wanted: Merge, stacked: PyTree[Array], scale: Array, kept: 
         factor = wanted.length * mean / own
         result = scaled(result, factor) if in_factors else jax.tree.map(lambda x: x * factor, result)
     length = own * factor / mean if mean > 0 else None
+    if core:  # evaluated as weights: its rank is not the candidates'
+        return Merged(wanted, semantics, list(kept), None, lora_delta(result, 1.0), length, factor, result)
     lora, delta = (result, None) if in_factors else (None, result)
     return Merged(wanted, semantics, list(kept), lora, delta, length, factor)
 
@@ -75,18 +102,26 @@ def _weights(wanted: Merge, kept: Sequence[int]) -> Float[Array, " N"] | None:
 
 
 def export(merged: Merged, stacked: PyTree[Array], scale: Array, largest_rank: int) -> Exported:
-    """The merge as an adapter: exact for a linear merge of deltas (candidates side by side), truncated for others."""
+    """The merge as an adapter: exact for a sum of deltas (candidates side by side) and in core space, unless a rank is
+    given; truncated for others."""
     if merged.lora is not None:
-        rank = jax.tree.leaves(merged.lora, is_leaf=_is_pair)[0]["a"].shape[-2]
-        return Exported(merged.lora, rank, 0.0)
+        return Exported(merged.lora, _pairs(merged.lora)[0]["a"].shape[-2], 0.0)
     assert merged.delta is not None
-    if merged.merge.method == "linear" and merged.merge.rank is None:
+    if merged.core is not None:
+        rank = merged.merge.rank or max(pair["a"].shape[-2] for pair in _pairs(merged.core))
+        lora = truncate_lora(merged.core, rank)  # or pads, where linears have fewer directions
+        return Exported(lora, rank, truncation_error(merged.delta, lora))
+    if merged.merge.method in SUMS:
         chosen = np.asarray(merged.candidates, np.int32)
         mine = jax.tree.map(lambda x: x[chosen], stacked)
         lora = concatenate_lora(mine, scale[chosen], _coefficients(merged))
-        rank = jax.tree.leaves(lora, is_leaf=_is_pair)[0]["a"].shape[-2]
+        if merged.merge.rank is not None:
+            lora = truncate_lora(lora, merged.merge.rank)
+            return Exported(lora, merged.merge.rank, truncation_error(merged.delta, lora))
         # Rounding only; the largest linear's.
-        return Exported(lora, rank, max(truncation_errors(merged.delta, lora).values(), default=0.0))
+        return Exported(
+            lora, _pairs(lora)[0]["a"].shape[-2], max(truncation_errors(merged.delta, lora).values(), default=0.0)
+        )
     rank = merged.merge.rank or largest_rank
     low = to_lora(merged.delta, rank)
     return Exported(low.lora, rank, low.truncation_error)
@@ -96,12 +131,12 @@ def _coefficients(merged: Merged) -> Float[Array, " N"]:
     """What a linear merge multiplies each of its candidates by: its action on the unit vectors."""
     units = jnp.eye(len(merged.candidates), dtype=jnp.float32)
     weights = _weights(merged.merge, merged.candidates)
-    own = merge(units, "linear", weights=weights, semantics=merged.semantics, **merged.merge.hyperparameters)
+    own = merge(units, merged.merge.method, weights=weights, semantics=merged.semantics, **merged.merge.hyperparameters)
     return own * jnp.float32(merged.rescaled)
 
 
-def _is_pair(x: Any) -> bool:
-    return isinstance(x, dict) and set(x) == {"a", "b"}
+def _pairs(lora: PyTree[Array]) -> list[dict[str, Array]]:
+    return jax.tree.leaves(lora, is_leaf=lambda x: isinstance(x, dict) and set(x) == {"a", "b"})
 
 
 def describe(merged: Merged, exported: Exported, names: Sequence[str]) -> dict[str, Any]:
@@ -110,6 +145,8 @@ def describe(merged: Merged, exported: Exported, names: Sequence[str]) -> dict[s
     weights = _weights(merged.merge, merged.candidates)
     if weights is not None:
         hyper["weights"] = weights.tolist()
+    if merged.merge.compress is not None:
+        hyper["compress"] = merged.merge.compress
     return {
         "name": merged.merge.name,
         "method": merged.merge.method,

@@ -103,6 +103,7 @@ _RANGES: dict[type, dict[str, _Range]] = {
         ),
         "name": _Range(lambda v: isinstance(v, str), _TEXT.words),
         "rank": _COUNT_OR_NULL,
+        "compress": _COUNT_OR_NULL,
         "length": _Range(lambda v: v is None or _POSITIVE.holds(v), "a number above 0, or null"),
     },
     Evaluation: {
@@ -235,8 +236,10 @@ def _check_merge(merge: Merge, candidates: Sequence[str], where: str) -> None:
     if rule.wants_base(settings):
         hint = "; pass origin: base" if "origin" in settings else ""
         raise UserError(f"{where}: {merge.method} works on whole weights, and a run merges adapters{hint}")
-    if merge.rank is not None and merge.space != "delta":
-        raise UserError(f"{where}: rank is what a delta is exported with; in space {merge.space} leave it out")
+    if merge.rank is not None and merge.space == "factors":
+        raise UserError(f"{where}: rank is what a delta is exported with; in space factors leave it out")
+    if merge.compress is not None and merge.space != "core":
+        raise UserError(f"{where}: compress is for space core; in space {merge.space} leave it out")
     if merge.of is not None:
         check_known(merge.of, candidates, "candidate", f"{where}: of")
         if len(set(merge.of)) < len(merge.of):
@@ -266,6 +269,7 @@ def _merge(raw: Any, candidates: Sequence[str], where: str) -> Merge:
     if merge.name:
         return merge
     extras = [f"{k}{_short(v)}" for k, v in sorted(rest.items())]
+    extras += [] if merge.compress is None else [f"compress{merge.compress}"]
     extras += [] if merge.length is None else [f"length{_short(merge.length)}"]
     of = [] if merge.of is None else ["+".join(merge.of)]
     parts = [merge.method, *of, merge.space, *([merge.semantics] if merge.semantics else []), *extras]

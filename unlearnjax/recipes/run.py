@@ -126,7 +126,8 @@ def merge_all(recipe: Recipe, trained: Trained) -> tuple[list[tuple[Merged, Expo
     for wanted in recipe.merges:
         try:
             own, mine = _of(wanted, [candidate.name for candidate in recipe.candidates], kept)
-            merged = merge_candidates(own, trained.lora, trained.scale, mine, recipe.training.seed)
+            ranks = [c.rank for c in recipe.candidates]
+            merged = merge_candidates(own, trained.lora, trained.scale, mine, recipe.training.seed, ranks)
         except UserError as error:
             # The recipe was checked with all candidates; with those that are left a merge can be impossible.
             warnings.append(f"merge {wanted.name} was not made: {error}")

@@ -85,6 +85,8 @@ class Merge:
 
     `length`: rescale the merged delta to so many times the candidates' mean length (null: as the method makes it).
     Merges differ in length by factors, and a longer step forgets more: at one length their directions are compared.
+
+    `compress`, in space core: keep so many directions of the shared bases, before the merge.
     """
 
     method: str
@@ -93,7 +95,8 @@ class Merge:
     of: Sequence[str] | None = None
     weights: Sequence[float] | None = None
     name: str = ""
-    rank: int | None = None  # of the exported adapter; default: the candidates' largest
+    rank: int | None = None  # of the exported adapter; default: the candidates' largest, in space core what it takes
+    compress: int | None = None
     length: float | None = None
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
 
