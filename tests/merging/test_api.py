@@ -29,7 +29,7 @@ def test_structure_is_kept_and_inputs_may_be_lists():
 def test_methods_say_what_they_are():
     for name, method in methods().items():
         assert name == method.name and method.summary and len(set(method.semantics)) == len(method.semantics)
-        assert set(method.spaces) <= {"delta", "factors"}
+        assert set(method.spaces) <= {"delta", "core", "factors"}
         for rule in method.rules:
             assert rule.source and method.rule(rule.semantics) is rule
             hash(rule)  # the compiled program is cached by its rule
@@ -57,7 +57,7 @@ BAD = {
     "missing density": (X, "ties", {}, r"ties \(paper semantics\) needs density in \(0, 1\]"),
     "density 0": (X, "ties", {"density": 0.0}, r"density is 0 and must be in \(0, 1\]"),
     "density above 1": (X, "ties", {"density": 80}, r"density is 80 and must be in \(0, 1\]"),
-    "density as an array": (X, "ties", {"density": np.ones(2)}, "density must be one number"),
+    "density as an array": (X, "ties", {"density": np.ones((2, 1))}, "density must be one number"),
     "density as a word": (X, "ties", {"density": "half"}, "density must be one number"),
     "concrete JAX density": (X, "ties", {"density": jnp.float32(1.5)}, "density is 1.5"),
     "density NaN": (X, "ties", {"density": float("nan")}, "density is nan"),
@@ -128,3 +128,30 @@ def test_each_leaf_and_layer_draws_with_its_own_key():
 
 def test_nan_in_traced_deltas_is_not_looked_at():
     assert np.isnan(jax.jit(lambda x: merge(x, "linear"))(np.full((2, 1), np.nan, np.float32))).all()
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [("magnitude_prune", {}), ("dare_linear", {}), ("della_linear", {"epsilon": [0.1, 0.2, 0.05]}),
+     ("breadcrumbs", {"gamma": [0.1, 0.0, 0.3]})],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", [list, jnp.asarray])
+def test_each_candidate_can_have_its_own_density(method, more, kind):
+    x = np.random.default_rng(1).normal(size=(3, 12, 9)).astype(np.float32)
+    densities, key = [0.2, 0.9, 0.5], jax.random.key(0) if method in ("dare_linear", "della_linear") else None
+    options = {name: kind(values) for name, values in more.items()}
+    found = merge(x, method, density=kind(densities), key=key, weights=np.ones(3), **options)
+    alone = [
+        merge(
+            x, method, key=key, weights=np.eye(3)[i], density=density,
+            **({"normalize": False} if method in ("dare_linear", "della_linear") else {}),
+            **{name: values[i] for name, values in more.items()},
+        )
+        for i, density in enumerate(densities)
+    ]  # fmt: skip
+    scale = 3 if method in ("dare_linear", "della_linear") else 1
+    np.testing.assert_allclose(scale * found, sum(alone), rtol=1e-5, atol=1e-5)
+    with pytest.raises(UserError, match="2 values of density for 3 candidates"):
+        merge(x, method, density=kind([0.5, 0.5]), key=key)
+    with pytest.raises(UserError, match="density is 1.5"):
+        merge(x, method, density=[0.5, 0.5, 1.5], key=key)

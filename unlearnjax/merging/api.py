@@ -53,7 +53,8 @@ def merge(
         semantics: which definition of the method; None is the first one it lists.
         key: a JAX key, for methods that draw random numbers. Each leaf folds in its own path.
         base: a pytree like `deltas` without N, for methods that work on weights rather than deltas.
-        **hyperparameters: the rule's own. A Python keyword takes a trailing underscore: `lambda_=0.5`.
+        **hyperparameters: the rule's own; density, gamma and epsilon are one number or one per candidate. A Python
+            keyword takes a trailing underscore: `lambda_=0.5`.
 
     Returns:
         A pytree like `deltas` without N; each leaf in its own dtype (float64 as float32 unless x64 is on), computed in
@@ -87,6 +88,7 @@ def merge_stacked(
     n = leaves[0].shape[0]
     check_count(method, rule, n)
     settings = check_hyperparameters(method, rule, hyperparameters)
+    check_each(method, rule, settings, n)
     weights = _weights(method, rule, weights, n, settings)
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         _check_finite(paths, leaves)
@@ -161,6 +163,16 @@ def check_count(method: MergeMethod, rule: Rule, n: int) -> None:
         raise UserError(f"merge: {method.name} merges {wanted} candidates, and there are {n}")
 
 
+def check_each(method: MergeMethod, rule: Rule, settings: Settings, n: int) -> None:
+    """Raises UserError where a hyperparameter is given per candidate, and not for each of the n."""
+    for parameter in rule.hyperparameters:
+        if np.ndim(settings[parameter.name]) and np.shape(settings[parameter.name]) != (n,):
+            count = np.shape(settings[parameter.name])[0]
+            raise UserError(
+                f"merge: {method.name}: {count} values of {parameter.name} for {n} candidates; give each its own"
+            )
+
+
 def check_hyperparameters(method: MergeMethod, rule: Rule, given: Mapping[str, Any]) -> dict[str, Any]:
     """All of the rule's hyperparameters by their real names, defaults filled in. Raises UserError for bad ones."""
     known = {parameter.name: parameter for parameter in rule.hyperparameters}
@@ -188,8 +200,19 @@ def _checked(where: str, parameter: Hyperparameter, value: Any) -> Any:
         if not isinstance(value, (bool, np.bool_)):
             raise UserError(f"{where}: {parameter.name} is {value!r} and must be {parameter.range}")
         return bool(value)
+    if parameter.per_candidate and not isinstance(value, str) and np.ndim(value) == 1:
+        if isinstance(value, jax.core.Tracer):
+            return value
+        if isinstance(value, jax.Array):
+            for one in np.asarray(value):
+                _checked(where, parameter, float(one))
+            return value
+        return tuple(_checked(where, parameter, one) for one in value)
     if isinstance(value, (bool, str)) or value is None or np.ndim(value) != 0:
-        raise UserError(f"{where}: {parameter.name} must be one number (map over several with jax.vmap), not {value!r}")
+        per = " or one per candidate" if parameter.per_candidate else ""
+        raise UserError(
+            f"{where}: {parameter.name} must be one number{per} (map over several with jax.vmap), not {value!r}"
+        )
     if isinstance(value, jax.core.Tracer):
         return value
     number = float(value)

@@ -68,6 +68,8 @@ class Hyperparameter(NamedTuple):
     low_open: bool = False
     """Whether `low` itself is out of range."""
     choices: tuple[str, ...] = ()
+    per_candidate: bool = False
+    """A number for all candidates, or a sequence or array [N] of one for each."""
 
     @property
     def required(self) -> bool:
@@ -211,6 +213,11 @@ class MergeMethod(NamedTuple):
 
 
 LAMBDA = Hyperparameter("lambda", "what the merged delta is multiplied by", default=1.0, low=0.0)
+
+
+def each(value: Any, count: int) -> list[Any]:
+    """A per-candidate hyperparameter as one number for each."""
+    return [value] * count if np.ndim(value) == 0 else list(value)
 
 
 def candidates(deltas: Float[Array, "N ..."]) -> list[Float32[Array, "..."]]:

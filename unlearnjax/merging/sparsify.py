@@ -4,20 +4,22 @@ A sparsifier decides per candidate which entries stay; `arithmetic` joins it wit
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 from unlearnjax_kernels.threshold import api as threshold
 
 from unlearnjax.merging import trim
-from unlearnjax.merging.protocol import Draws, Hyperparameter, Round, Settings, State, candidates
+from unlearnjax.merging.protocol import Draws, Hyperparameter, Round, Settings, State, candidates, each
 from unlearnjax.merging.trim import DENSITY, Trim
 
-GAMMA = Hyperparameter("gamma", "share of the largest entries that is dropped", default=0.01, low=0.0, high=1.0)
+GAMMA = Hyperparameter(
+    "gamma", "share of the largest entries that is dropped", default=0.01, low=0.0, high=1.0, per_candidate=True
+)
 EPSILON = Hyperparameter(
     "epsilon", "how far the keep rate of the largest and the smallest entry lies from density", default=0.15,
-    low=0.0, high=1.0,
+    low=0.0, high=1.0, per_candidate=True,
 )  # fmt: skip
 
 
@@ -58,9 +60,9 @@ def _drawn(draws: Draws | None) -> Draws:
 def _random(
     deltas: Float[Array, "N ..."], state: State, draws: Draws | None, settings: Settings
 ) -> list[tuple[Float32[Array, "..."], Float32[Array, "..."]]]:
-    chance = jnp.asarray(settings["density"], jnp.float32)
+    chances = [jnp.asarray(density, jnp.float32) for density in each(settings["density"], deltas.shape[0])]
     return [
-        (jnp.where(_drawn(draws).kept(i, delta.shape, chance), delta, jnp.float32(0)), chance)
+        (jnp.where(_drawn(draws).kept(i, delta.shape, chances[i]), delta, jnp.float32(0)), chances[i])
         for i, delta in enumerate(candidates(deltas))
     ]
 
@@ -69,11 +71,12 @@ def _random_ranks(
     deltas: Float[Array, "N ..."], state: State, draws: Draws | None, settings: Settings
 ) -> list[tuple[Float32[Array, "..."], Float32[Array, "..."]]]:
     """Chances from density - epsilon for a row's smallest entry to density + epsilon for its largest, by rank."""
-    density, epsilon = (jnp.asarray(settings[name], jnp.float32) for name in ("density", "epsilon"))
-    # The codes refuse chances outside (0, 1); a traced pair cannot be refused, and density 1 keeps everything.
-    epsilon = jnp.minimum(epsilon, jnp.minimum(density, 1 - density))
+    pairs = zip(*(each(settings[name], deltas.shape[0]) for name in ("density", "epsilon")), strict=True)
     found = []
-    for i, delta in enumerate(candidates(deltas)):
+    for i, (delta, pair) in enumerate(zip(candidates(deltas), pairs, strict=True)):
+        density, epsilon = (jnp.asarray(value, jnp.float32) for value in pair)
+        # The codes refuse chances outside (0, 1); a traced pair cannot be refused, and density 1 keeps everything.
+        epsilon = jnp.minimum(epsilon, jnp.minimum(density, 1 - density))
         chance = density - epsilon + 2 * epsilon * _ranks(jnp.abs(delta))
         kept = _drawn(draws).kept(i, delta.shape, chance)
         found.append((jnp.where(kept, delta, jnp.float32(0)), chance))
@@ -99,17 +102,21 @@ class Band(NamedTuple):
 
 
 def _start_band(size: int, count: int, settings: Settings) -> Band:
-    density, gamma = settings["density"], settings["gamma"]
+    pairs = zip(*(each(settings[name], count) for name in ("density", "gamma")), strict=True)
+    counts = zip(*(_band_counts(size, *pair) for pair in pairs), strict=True)
+    return Band(*(Trim(jnp.stack(keep), threshold.search(count)) for keep in counts))
+
+
+def _band_counts(size: int, density: Any, gamma: Any) -> tuple[Int32[Array, "2"], Int32[Array, "2"]]:
+    """How many entries reach the lower threshold, and how many the upper one, in limbs."""
     if all(isinstance(value, (int, float)) for value in (density, gamma)):
         kept = min(int(density * size), size)
         dropped = min(int(gamma * size), size - kept)
-        counts = [threshold.to_limbs(kept + dropped), threshold.to_limbs(dropped)]
-    else:
-        whole = jnp.float32(size)
-        share = jnp.minimum(jnp.floor(jnp.asarray(density, jnp.float32) * whole), whole)
-        above = jnp.minimum(jnp.floor(jnp.asarray(gamma, jnp.float32) * whole), whole - share)
-        counts = [_limbs(share) + _limbs(above), _limbs(above)]
-    return Band(*(Trim(keep, threshold.search(count)) for keep in counts))
+        return threshold.to_limbs(kept + dropped), threshold.to_limbs(dropped)
+    whole = jnp.float32(size)
+    share = jnp.minimum(jnp.floor(jnp.asarray(density, jnp.float32) * whole), whole)
+    above = jnp.minimum(jnp.floor(jnp.asarray(gamma, jnp.float32) * whole), whole - share)
+    return _limbs(share) + _limbs(above), _limbs(above)
 
 
 def _limbs(number: Float32[Array, ""]) -> Int32[Array, "2"]:

@@ -11,15 +11,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 from unlearnjax_kernels.threshold import api as threshold
 
-from unlearnjax.merging.protocol import Draws, Hyperparameter, Round, Settings, candidates
+from unlearnjax.merging.protocol import Draws, Hyperparameter, Round, Settings, candidates, each
 
-DENSITY = Hyperparameter("density", "share of each delta's entries that is kept", low=0.0, high=1.0, low_open=True)
+DENSITY = Hyperparameter(
+    "density", "share of each delta's entries that is kept", low=0.0, high=1.0, low_open=True, per_candidate=True
+)
 
 
 class Trim(NamedTuple):
-    """How many entries to keep (limbs), and the search for the threshold that keeps them."""
+    """How many entries of each to keep (limbs), and the search for the thresholds that keep them."""
 
-    keep: Int32[Array, "2"]
+    keep: Int32[Array, "N 2"]
     search: threshold.Search
 
 
@@ -34,7 +36,8 @@ def keep_count(density: float | Float32[Array, ""], size: int, extra: int = 0) -
 
 
 def start(size: int, count: int, settings: Settings, extra: int = 0) -> Trim:
-    return Trim(keep_count(settings["density"], size, extra), threshold.search(count))
+    keep = [keep_count(density, size, extra) for density in each(settings["density"], count)]
+    return Trim(jnp.stack(keep), threshold.search(count))
 
 
 def _count(
