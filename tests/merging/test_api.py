@@ -153,5 +153,5 @@ def test_each_candidate_can_have_its_own_density(method, more, kind):
     np.testing.assert_allclose(scale * found, sum(alone), rtol=1e-5, atol=1e-5)
     with pytest.raises(UserError, match="2 values of density for 3 candidates"):
         merge(x, method, density=kind([0.5, 0.5]), key=key)
-    with pytest.raises(UserError, match="density is 1.5"):
+    with pytest.raises(UserError, match=r"density is 1\.5"):
         merge(x, method, density=[0.5, 0.5, 1.5], key=key)

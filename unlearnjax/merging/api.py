@@ -210,8 +210,9 @@ def _checked(where: str, parameter: Hyperparameter, value: Any) -> Any:
         return tuple(_checked(where, parameter, one) for one in value)
     if isinstance(value, (bool, str)) or value is None or np.ndim(value) != 0:
         per = " or one per candidate" if parameter.per_candidate else ""
+        given = f"an array of shape {np.shape(value)}" if np.ndim(value) else repr(value)
         raise UserError(
-            f"{where}: {parameter.name} must be one number{per} (map over several with jax.vmap), not {value!r}"
+            f"{where}: {parameter.name} must be one number{per} (map over several with jax.vmap), not {given}"
         )
     if isinstance(value, jax.core.Tracer):
         return value
