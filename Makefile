@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OUT ?= demo-out
 
-.PHONY: demo test check clean
+.PHONY: demo test check peers clean
 
 # torch first and by its exact version: a range would fetch the newest build, with several GB of CUDA packages.
 .venv/.test: .venv/.base
@@ -29,5 +29,10 @@ check: .venv/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# mergekit, for tests/parity/test_mergekit_yaml.py and benchmarks: its pins do not suit ours.
+peers:
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet torch==2.13.0 mergekit==0.1.4 'transformers<5'
+
 clean:
-	rm -rf .venv demo-out .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-peers demo-out .mypy_cache .ruff_cache .pytest_cache

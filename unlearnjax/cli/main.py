@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from unlearnjax.cli import commands
+from unlearnjax.cli import commands, merge
 from unlearnjax.cli.huge_pages import restart_with_huge_pages
 from unlearnjax.errors import UserError, nearest
 from unlearnjax.training.interrupt import Stop, catch_signals
@@ -106,6 +106,9 @@ def parser() -> argparse.ArgumentParser:
     p = add("score", commands.score, "The official scores of a folder of generation CSVs with the official columns.")
     p.add_argument("folder", help="holds forget_*.csv and retain_*.csv, and mia_results/ if membership is to be scored")
     p.add_argument("--mmlu", metavar="FILE", help="a metrics.json with average_acc")
+
+    p = add("merge", merge.merge, "Merge model folders, tensor by tensor.")
+    merge.add_options(p)
 
     p = add("methods", commands.methods, "The merge methods: their definitions, spaces and parameters.")
     p.add_argument("name", nargs="?", metavar="NAME", help="one method, in full")

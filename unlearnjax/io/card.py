@@ -11,6 +11,26 @@ LIMITS = (
 )
 
 
+def merge_card(*, title: str, base_model: Sequence[str], method: str, recipe: str, arguments: str | None = None) -> str:
+    """The text of README.md for a merge of models that were made elsewhere.
+
+    Args:
+      base_model: the folders or hub ids of everything that went in.
+      method: one paragraph on what was computed.
+      recipe: the merge as YAML.
+      arguments: the command line.
+    """
+    import yaml
+
+    front = {"base_model": list(base_model), "library_name": "transformers", "tags": ["unlearnjax", "merge"]}
+    parts = [f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---", f"# {title}"]
+    parts.append(f"A merge of models, made with unlearnjax.\n\n{method}")
+    if arguments:
+        parts.append(f"## Command\n\n```\n{arguments}\n```")
+    parts.append(f"## Recipe\n\n```yaml\n{recipe.strip()}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
 def model_card(
     *,
     title: str,

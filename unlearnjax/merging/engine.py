@@ -55,7 +55,7 @@ def run(
 
     def merged(leaf: Array, key: Array | None, base: Array | None, part: Part | None) -> Array:
         def tensor(deltas: Array, key: Array | None, base: Array | None) -> Float32[Array, "..."]:
-            return rule.combine(deltas, weights, state, _draws(key, part), base, settings)
+            return rule.combine(deltas, weights, state, draws_of(key, part), base, settings)
 
         return _stacked(tensor, stacked, leaf, key, base).astype(leaf.dtype)
 
@@ -75,7 +75,7 @@ def _leaf(
     part: Part | None,
 ) -> Float[Array, "..."]:
     def tensor(deltas: Array, key: Array | None, base: Array | None) -> Float32[Array, "..."]:
-        draws = _draws(key, part)
+        draws = draws_of(key, part)
 
         def own_partials(round_: Round, state: State) -> Any:
             return reduce(round_.statistics(deltas, weights, state, draws, base, settings))
@@ -110,7 +110,7 @@ def _partials(
     for leaf, key, base, part in members:
 
         def one(deltas: Array, key: Array | None, base: Array | None, part: Part | None = part) -> Any:
-            return round_.statistics(deltas, weights, state, _draws(key, part), base, settings)
+            return round_.statistics(deltas, weights, state, draws_of(key, part), base, settings)
 
         found = _stacked(one, stacked, leaf, key, base)
         found = jax.tree.map(lambda p: jnp.sum(p, axis=tuple(range(stacked)), dtype=p.dtype), found)
@@ -118,7 +118,7 @@ def _partials(
     return result
 
 
-def _draws(key: Array | None, part: Part | None) -> Draws | None:
+def draws_of(key: Array | None, part: Part | None) -> Draws | None:
     return None if key is None else Draws.of(key, part)
 
 

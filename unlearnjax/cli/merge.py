@@ -1,0 +1,117 @@
+"""`unlearnjax merge`: model folders into one, by options or by a mergekit YAML."""
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unlearnjax.errors import UserError
+
+if TYPE_CHECKING:
+    from unlearnjax.merging.job import Job
+
+# Every number, flag and choice that some method takes. Written out, so that --help need not load the methods.
+NUMBERS = ("alpha", "density", "eps", "epsilon", "gamma", "lambda", "max_iter", "r", "rho", "scale", "select_topk", "t",
+           "tol")  # fmt: skip
+FLAGS = ("filter_wise", "normalize", "normalize_weights", "nuslerp_flatten", "nuslerp_row_wise", "rescale")
+CHOICES = ("average", "majority_sign_method", "merge_func", "origin")
+OWN = {"scale"}  # what the method calls scale is --passthrough-scale: --scale is the step's length
+
+
+def add_options(p: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    p.add_argument("recipe", nargs="?", metavar="RECIPE", help="a mergekit YAML (whole models); then no other options")
+    p.add_argument("--base", metavar="B", help="the model that the others were made from: a folder or hub id")
+    p.add_argument("--models", nargs="+", metavar="M", help="the models to merge")
+    p.add_argument("--method", metavar="NAME", help="see `unlearnjax methods`")
+    p.add_argument("--semantics", metavar="S", help="which definition of the method (default: its first)")
+    p.add_argument("--weights", nargs="+", type=float, metavar="W", help="one per model")
+    for name in NUMBERS:
+        option = "--passthrough-scale" if name in OWN else f"--{name.replace('_', '-')}"
+        p.add_argument(option, nargs="+", type=float, dest=f"set_{name}", metavar="X", help=argparse.SUPPRESS)
+    for name in FLAGS:
+        option = f"--{name.replace('_', '-')}"
+        p.add_argument(
+            option, action=argparse.BooleanOptionalAction, dest=f"set_{name}", default=None, help=argparse.SUPPRESS
+        )
+    for name in CHOICES:
+        p.add_argument(f"--{name.replace('_', '-')}", dest=f"set_{name}", metavar="X", help=argparse.SUPPRESS)
+    p.add_argument("--negate", action="store_true", help="subtract the merged delta from the base: unlearning")
+    p.add_argument("--scale", type=float, default=1.0, help="what the merged delta is multiplied by (default: 1)")
+    p.add_argument("--dtype", metavar="D", help="of the result (default: the base's)")
+    p.add_argument("--seed", type=int, default=0, help="of random drops (default: 0)")
+    p.add_argument("--out", metavar="OUT", help="a new or empty folder for the merged model")
+    p.add_argument("--max-shard-size", type=float, default=5.0, metavar="GB", help="of a weight file (default: 5)")
+    p.add_argument("--dry-run", action="store_true", help="check everything, print the plan, read no tensor")
+    p.epilog = "A method's own parameters are options too: --density 0.8, --rho 0.9, --no-normalize (see `methods`)."
+
+
+def job_of(a: argparse.Namespace) -> "Job":
+    """The merge that the command line asks for.
+
+    Raises:
+      UserError: options that contradict each other, or one that is missing.
+    """
+    from unlearnjax.merging.api import find_rule
+    from unlearnjax.merging.job import Input, Job
+    from unlearnjax.merging.mergekit import load_mergekit
+
+    given = {name.removeprefix("set_"): value for name, value in vars(a).items() if name.startswith("set_")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if a.recipe is not None:
+        others = [n for n in ("base", "models", "method", "semantics", "weights", "dtype") if getattr(a, n) is not None]
+        if others or given:
+            raise UserError(f"merge: --{[*others, *given][0]} and a recipe: say it in {a.recipe}")
+        job = load_mergekit(a.recipe)
+    else:
+        for name in ("models", "method"):
+            if getattr(a, name) is None:
+                raise UserError(f"merge: --{name} is missing; give it, or a recipe")
+        for name, values in (("weights", a.weights), *((n, v) for n, v in given.items() if isinstance(v, list))):
+            if values is not None and len(values) not in (1, len(a.models)):
+                raise UserError(f"merge: {len(values)} {name} for {len(a.models)} models; give one for each")
+        semantics = a.semantics
+        if semantics is None and a.base is None and "mergekit" in find_rule(a.method, None)[0].semantics:
+            semantics = "mergekit"  # the one that knows models without a base
+        job = Job(
+            a.method, tuple(Input(m, _own(a, given, i)) for i, m in enumerate(a.models)), base=a.base,
+            semantics=semantics, settings={k: v for k, v in given.items() if not isinstance(v, list)}, dtype=a.dtype,
+        )  # fmt: skip
+    return _stepped(job, a)
+
+
+def _own(a: argparse.Namespace, given: dict[str, Any], i: int) -> dict[str, Any]:
+    """What the lists among the options say for model i."""
+    lists = {name: value for name, value in given.items() if isinstance(value, list)}
+    if a.weights is not None:
+        lists["weight"] = a.weights
+    return {name: value[0] if len(value) == 1 else value[i] for name, value in lists.items()}
+
+
+def _stepped(job: "Job", a: argparse.Namespace) -> "Job":
+    import dataclasses
+
+    return dataclasses.replace(job, factor=-a.scale if a.negate else a.scale, seed=a.seed)
+
+
+def merge(a: argparse.Namespace) -> None:
+    """Merge, or print the plan."""
+    from unlearnjax.merging.disk import plan
+    from unlearnjax.merging.folders import merge_folders, show
+
+    found = plan(job_of(a))
+    print(show(found))
+    if a.dry_run:
+        return
+    if a.out is None:
+        raise UserError("merge: --out is missing: a new folder for the merged model, or --dry-run")
+    from tqdm import tqdm
+
+    recipe = None if a.recipe is None else Path(a.recipe).expanduser().read_text("utf-8")
+    total = found.bytes_read * found.passes
+    with tqdm(total=total, unit="B", unit_scale=True, desc="merging", disable=a.quiet) as bar:
+        merge_folders(
+            found, a.out, recipe=recipe, command=shlex.join(a.command_line),
+            max_shard_bytes=int(a.max_shard_size * 1e9), progress=bar.update,
+        )  # fmt: skip
+    print(f"model:   {a.out}")

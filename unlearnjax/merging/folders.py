@@ -1,0 +1,97 @@
+"""Merging model folders into a model folder: what `unlearnjax merge` does."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from unlearnjax.io.atomic import require_free, staged_folder
+from unlearnjax.io.card import merge_card
+from unlearnjax.io.huggingface import read_json
+from unlearnjax.merging.disk import Plan, merge_to
+from unlearnjax.merging.job import Job
+
+# What a model folder holds besides weights: its configuration, tokenizer and chat template.
+BESIDE = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
+          "merges.txt", "*.model", "chat_template*", "preprocessor_config.json")  # fmt: skip
+
+
+def merge_folders(
+    found: Plan,
+    out: str | Path,
+    *,
+    recipe: str | None = None,
+    command: str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    progress: Callable[[int], object] | None = None,
+) -> None:
+    """Write the merge as a folder that transformers loads: weights, the base's configuration and tokenizer, a card and
+    the recipe (merge.yml). The folder appears whole or not at all.
+
+    Args:
+      recipe: the YAML that the job was read from; None writes the job as YAML.
+      progress: called with the number of bytes read for each tensor.
+
+    Raises:
+      UserError: `out` is taken or cannot be written to; NaN or Inf in a model (its tensor is named).
+    """
+    require_free(out)
+    with staged_folder(out) as staged:
+        merge_to(staged, found, max_shard_bytes=max_shard_bytes, progress=progress)
+        source = found.base.folder
+        for pattern in BESIDE:
+            for path in sorted(source.glob(pattern)):
+                shutil.copyfile(path, staged / path.name)
+        config = read_json(source / "config.json")
+        if found.job.dtype is not None:
+            config.pop("torch_dtype", None)
+            config["dtype"] = found.job.dtype
+        (staged / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        text = recipe if recipe is not None else job_yaml(found.job)
+        (staged / "merge.yml").write_text(text, "utf-8")
+        card = merge_card(
+            title=Path(out).name, base_model=_models(found.job), method=describe(found), recipe=text, arguments=command
+        )
+        (staged / "README.md").write_text(card, "utf-8")
+
+
+def describe(found: Plan) -> str:
+    """One paragraph on what is merged and how."""
+    merged = [t for t in found.tensors if t.settings is not None]
+    count = len(found.models)
+    what = f"{found.method.name} ({found.rule.semantics} semantics: {found.rule.source}) of {count} models"
+    left = len(found.tensors) - len(merged)
+    kept = f" {left} tensors that are not floating are the base's." if left else ""
+    factor = "" if found.job.factor == 1 else f" The merged delta is multiplied by {found.job.factor:g}."
+    return f"{what}, {len(merged)} tensors.{kept}{factor} Computed in float32."
+
+
+def show(found: Plan) -> str:
+    """The plan in lines: what goes in, what is computed, bytes and memory."""
+    gb = 1e9
+    lines = [f"base:    {found.base.folder}"] if found.job.base is not None else []
+    lines += [f"model:   {model.folder}" for model in found.models]
+    lines += [
+        f"method:  {describe(found)}",
+        f"read:    {found.bytes_read * found.passes / gb:.3f} GB"
+        + (f" ({found.passes} times {found.bytes_read / gb:.3f})" if found.passes > 1 else ""),
+        f"written: {found.bytes_written / gb:.3f} GB",
+        f"memory:  at most {found.memory / gb:.3f} GB of tensors at a time",
+    ]
+    return "\n".join(lines)
+
+
+def job_yaml(job: Job) -> str:
+    """The job as YAML."""
+    import yaml
+
+    plain: dict[str, Any] = {k: v for k, v in dataclasses.asdict(job).items() if v not in (None, {}, ())}
+    plain["models"] = [{"model": x.model, **({"settings": dict(x.settings)} if x.settings else {})} for x in job.inputs]
+    plain.pop("inputs")
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def _models(job: Job) -> list[str]:
+    return list(dict.fromkeys([*([job.base] if job.base else []), *(source.model for source in job.inputs)]))
