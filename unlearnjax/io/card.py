@@ -11,7 +11,15 @@ LIMITS = (
 )
 
 
-def merge_card(*, title: str, base_model: Sequence[str], method: str, recipe: str, arguments: str | None = None) -> str:
+def merge_card(
+    *,
+    title: str,
+    base_model: Sequence[str],
+    method: str,
+    recipe: str,
+    arguments: str | None = None,
+    library: Literal["transformers", "peft"] = "transformers",
+) -> str:
     """The text of README.md for a merge of models that were made elsewhere.
 
     Args:
@@ -19,12 +27,15 @@ def merge_card(*, title: str, base_model: Sequence[str], method: str, recipe: st
       method: one paragraph on what was computed.
       recipe: the merge as YAML.
       arguments: the command line.
+      library: what loads the folder.
     """
     import yaml
 
-    front = {"base_model": list(base_model), "library_name": "transformers", "tags": ["unlearnjax", "merge"]}
+    tags = ["unlearnjax", "merge"] + ["lora"] * (library == "peft")
+    front = {"base_model": list(base_model), "library_name": library, "tags": tags}
     parts = [f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---", f"# {title}"]
-    parts.append(f"A merge of models, made with unlearnjax.\n\n{method}")
+    kind = "adapters" if library == "peft" else "models"
+    parts.append(f"A merge of {kind}, made with unlearnjax.\n\n{method}")
     if arguments:
         parts.append(f"## Command\n\n```\n{arguments}\n```")
     parts.append(f"## Recipe\n\n```yaml\n{recipe.strip()}\n```")

@@ -103,7 +103,7 @@ def save_adapter(
         a, b = _join(config, pairs, rank, rank * joined)
         for layer in range(config.layers):
             for factor, value in (("A", a[layer]), ("B", b[layer])):
-                key = f"{_ROOT}{pattern.format(layer)}.lora_{factor}.weight"
+                key = factor_key(pattern.format(layer), factor)
                 entries.append(Entry(key, value.shape, value.dtype, value))
     rank, alpha = rank * joined, alpha * joined
     raw: dict[str, Any] = {
@@ -162,7 +162,13 @@ def _join(
     return a, b
 
 
-def _check_config(raw: Mapping[str, Any], path: Path) -> None:
+def factor_key(module: str, factor: str) -> str:
+    """The tensor's name of one factor, A or B."""
+    return f"{_ROOT}{module}.lora_{factor}.weight"
+
+
+def check_adapter_config(raw: Mapping[str, Any], path: Path) -> None:
+    """Raise `UserError` for what is not a plain LoRA adapter, by its name."""
     if raw.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type {raw.get('peft_type')!r} is not supported; supported: LORA")
     for key, value in raw.items():
@@ -204,7 +210,7 @@ def _matches(raw: Mapping[str, Any], module: str) -> bool:
     return False
 
 
-def _open(folder: Path) -> TensorFile:
+def open_weights(folder: Path) -> TensorFile:
     if not (folder / WEIGHTS).exists():
         pickled = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLED)
         if pickled:
@@ -217,13 +223,13 @@ def _open(folder: Path) -> TensorFile:
     return open_file(folder / WEIGHTS)
 
 
-def _pairs(file: TensorFile) -> Iterator[str]:
+def modules_of(file: TensorFile) -> Iterator[str]:
     """The modules that the file has both factors of; anything else in the file is refused by its name."""
     for name in file.slots:
         found = _KEY.fullmatch(name)
         if found is None:
             raise UserError(f"{file.path}: tensor {name!r} is no factor of a plain LoRA adapter and is not supported")
-        other = f"{_ROOT}{found['module']}.lora_{'B' if found['factor'] == 'A' else 'A'}.weight"
+        other = factor_key(found["module"], "B" if found["factor"] == "A" else "A")
         if other not in file.slots:
             raise UserError(f"{file.path}: tensor {other!r} is missing beside {name!r}")
         if found["factor"] == "A":
@@ -250,17 +256,17 @@ def load_adapter(folder: str | Path, config: ModelConfig) -> LoadedAdapter:
         raise UserError(f"{folder}: no such folder")
     path = folder / CONFIG
     raw = read_json(path)
-    _check_config(raw, path)
+    check_adapter_config(raw, path)
     alpha = raw.get("lora_alpha", 8)
     if type(alpha) not in (int, float) or not math.isfinite(alpha):
         raise UserError(f"{path}: lora_alpha must be a number, not {alpha!r}")
     rank = raw.get("r", 8)
     if type(rank) is not int or rank < 1:
         raise UserError(f"{path}: r must be a whole number of at least 1, not {rank!r}")
-    file = _open(folder)
+    file = open_weights(folder)
     where = modules(config)
     ours = {pattern.format(i) for pattern in where.values() for i in range(config.layers)}
-    present = set(_pairs(file))
+    present = set(modules_of(file))
     for module in sorted(present - ours):
         raise UserError(
             f"{file.path}: changes module {module!r}, which is not supported; supported in each layer: "
@@ -291,7 +297,7 @@ def _stack(
 ) -> Float[Array, "layers rows columns"]:
     stacked = aligned_empty((config.layers, *shape), jnp.float32)
     for layer in range(config.layers):
-        key = f"{_ROOT}{modules(config)[name].format(layer)}.lora_{factor}.weight"
+        key = factor_key(modules(config)[name].format(layer), factor)
         if key not in file.slots:
             stacked[layer] = 0.0
             continue
