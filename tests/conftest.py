@@ -5,7 +5,12 @@ their compiled programs in .pytest_cache, for each other and for the next run.
 """
 
 import os
+import signal
 from pathlib import Path
+
+# A shell's background jobs ignore Ctrl-C, and their children with them: tests of what it does would wait for ever.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
