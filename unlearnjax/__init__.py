@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from unlearnjax.errors import UserError
     from unlearnjax.merging.api import merge, methods
+    from unlearnjax.merging.greedy import greedy
+    from unlearnjax.merging.search import choose, grid, pareto, search
     from unlearnjax.merging.stream import merge_stream
     from unlearnjax.models.language_model import LanguageModel, load_model, save_model
 
@@ -17,14 +19,33 @@ __version__ = "0.1.0"
 _HOMES = {
     "LanguageModel": "unlearnjax.models.language_model",
     "UserError": "unlearnjax.errors",
+    "choose": "unlearnjax.merging.search",
+    "greedy": "unlearnjax.merging.greedy",
+    "grid": "unlearnjax.merging.search",
     "load_model": "unlearnjax.models.language_model",
     "merge": "unlearnjax.merging.api",
     "merge_stream": "unlearnjax.merging.stream",
     "methods": "unlearnjax.merging.api",
+    "pareto": "unlearnjax.merging.search",
     "save_model": "unlearnjax.models.language_model",
+    "search": "unlearnjax.merging.search",
 }
 
-__all__ = ["LanguageModel", "UserError", "__version__", "load_model", "merge", "merge_stream", "methods", "save_model"]
+__all__ = [
+    "LanguageModel",
+    "UserError",
+    "__version__",
+    "choose",
+    "greedy",
+    "grid",
+    "load_model",
+    "merge",
+    "merge_stream",
+    "methods",
+    "pareto",
+    "save_model",
+    "search",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,8 @@ import pytest
 from jax.sharding import PartitionSpec
 from unlearnjax_kernels.dare import api, reference, shapes
 
+from tests.kernels.base import KernelTestBase
+
 SEED = np.array([0x12345678, 0x9ABCDEF0], np.uint32)
 
 
@@ -69,3 +71,24 @@ def test_bits_are_uniform_and_independent():
     for density in (0.01, 0.5, 0.9):
         share = np.asarray(api.kept(jnp.asarray(SEED), 3, places, jnp.float32(density))).mean()
         assert abs(share - density) < 5 * (density * (1 - density) / count) ** 0.5
+
+
+class TestDrop(KernelTestBase):
+    shapes = shapes.SMALL
+    shard_shape = (16, 40)
+    shard_axis = 0  # a part must be contiguous
+
+    def arguments(self, shape, dtype):
+        x = np.asarray(jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype))
+        return x, SEED, np.uint32(3), np.float32(0.3), np.uint32(2**32 - 100)
+
+    def call(self, implementation, data, *rest):
+        with np.errstate(over="ignore"):
+            return api.drop(data, *rest, implementation=implementation)
+
+    def at_shard(self, rest, axis, size):
+        seed, candidate, density, start = rest
+        return seed, candidate, density, start + (jax.lax.axis_index(axis) * size).astype(jnp.uint32)
+
+    def rank_of_result(self):
+        return len(self.shard_shape)

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from unlearnjax_kernels.threshold import api, reference, shapes
+from unlearnjax_kernels.threshold import api, reference, shapes, xla
+
+from tests.kernels.base import KernelTestBase
 
 
 def leaves_of(name: str, dtype=np.float32) -> list[np.ndarray]:
@@ -84,3 +86,60 @@ def test_bad_calls():
         api.kth_magnitude(np.ones((1, 2), np.float32), 1, implementation="sort")
     with pytest.raises(ValueError, match="split it"):
         jax.eval_shape(lambda x: api.kth_magnitude(x, 1), jax.ShapeDtypeStruct((2, 2**16, 2**15), jnp.float32))
+
+
+class TestHits(KernelTestBase):
+    shapes = {name: leaves[0] for name, leaves in shapes.SMALL.items()} | {"several blocks": (30, 24, 1024)}
+    shard_shape = (3, 16, 40)
+    reduces = True
+
+    def arguments(self, shape, dtype):
+        x = np.asarray(jnp.asarray(np.random.default_rng(1).normal(size=shape), dtype))
+        pivots = np.tile(np.array([[0.0, 0.5, 1.0, 2.5]], np.float32).view(np.uint32), (shape[0], 1))
+        return x, pivots
+
+    def call(self, implementation, data, *rest):
+        return api.hits(data, *rest, implementation=implementation)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_blocks_for_a_cpu_count_the_same(dtype):
+    """With several devices they are not used, so the other tests do not see them."""
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(3, 41, 1001)), dtype)
+    pivots = jnp.tile(jnp.asarray([[0.0, 0.5, 1.0, 2.5]], jnp.float32).view(jnp.uint32), (3, 1))
+    expected = reference.hits(np.asarray(x), np.asarray(pivots))
+    np.testing.assert_array_equal(xla._blocked(x, pivots), expected)
+    np.testing.assert_array_equal(xla._blocked([x[i] for i in range(3)], pivots), expected)
+
+
+def test_the_kernel_finds_the_same_threshold():
+    (x,) = leaves_of("odd matrix")
+    found = api.kth_magnitude(x, 17, implementation="pallas_interpret")
+    np.testing.assert_array_equal(found, reference.kth_magnitude([x], 17))
+
+
+@pytest.mark.parametrize("k", [1, 20000, 40000])
+@pytest.mark.parametrize("kind", ["normal", "heavy tails", "bfloat16", "two magnitudes", "increasing", "far apart"])
+def test_few_passes_whatever_the_numbers(kind, k):
+    """Four or five for numbers without ties, never more than a few dozen."""
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(2, 50000)).astype(np.float32)
+    if kind == "heavy tails":
+        x = (x**9).astype(np.float32)
+    elif kind == "bfloat16":
+        x = np.asarray(jnp.asarray(x, jnp.bfloat16).astype(jnp.float32))
+    elif kind == "two magnitudes":
+        x = np.where(x > 0.3, np.float32(1.0), np.float32(-0.75))
+    elif kind == "increasing":
+        x = np.sort(np.abs(x), axis=1)
+    elif kind == "far apart":
+        x = np.exp2(rng.integers(-140, 120, x.shape)).astype(np.float32)
+    keep = jnp.broadcast_to(api.to_limbs(k), (2, 2))
+    state = api.aim(api.search(2, 50000), api.sample(jnp.asarray(x)), keep)
+    passes = 0
+    while not bool(jnp.all(api.done(state, keep))):
+        state = api.narrow(state, api.count(jnp.asarray(x), state), keep)
+        passes += 1
+    assert passes <= (7 if kind in ("normal", "heavy tails", "increasing") else 30)
+    kept = reference.magnitude_bits(x) >= reference.kth_magnitude([x], k)[:, None]
+    np.testing.assert_array_equal(reference.magnitude_bits(x) >= np.asarray(state.low)[:, None], kept)

@@ -12,8 +12,11 @@ def overview(known: dict[str, MergeMethod]) -> str:
         rows.append((name, ", ".join(method.semantics), ", ".join(method.spaces), ", ".join(names), method.summary))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[4]]).rstrip() for row in rows]
+    extra = (
+        "greedy (from Python alone: unlearnjax.greedy): average candidates as long as a score you give does not fall."
+    )
     note = "Every method takes lambda as well. `unlearnjax methods NAME` says what each semantics of a method means."
-    return "\n".join([*lines, "", note])
+    return "\n".join([*lines, "", extra, note])
 
 
 def details(known: dict[str, MergeMethod], name: str) -> str:

@@ -122,6 +122,8 @@ def find_rule(method: str | MergeMethod, semantics: str | None) -> tuple[MergeMe
     """The method and the rule of these names. Raises UserError with the nearest valid name."""
     if isinstance(method, str):
         known = methods()
+        if method == "greedy":
+            raise UserError("merge: greedy needs a score of the merged model; call unlearnjax.greedy(deltas, score)")
         if method not in known:
             raise UserError(f"merge: unknown method {method!r}{nearest(method, known)}")
         method = known[method]
@@ -154,6 +156,14 @@ def _leaves(deltas: PyTree, stacked: int) -> tuple[list[str], list[Array], Any]:
     if n == 0:
         raise UserError("merge: there are no candidates (the leading axis has length 0)")
     return paths, leaves, treedef
+
+
+def checked_leaves(deltas: PyTree) -> list[Array]:
+    """The candidates' leaves. Raises UserError where `merge` would: see there."""
+    paths, leaves, _ = _leaves(deltas, 0)
+    if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        _check_finite(paths, leaves)
+    return leaves
 
 
 def check_count(method: MergeMethod, rule: Rule, n: int) -> None:
@@ -248,7 +258,9 @@ def _finite(leaves: list[Array]) -> list[Bool[Array, "N"]]:
 
 
 def _check_finite(paths: list[str], leaves: list[Array]) -> None:
-    for path, finite in zip(paths, _finite(leaves), strict=True):
+    with jax.ensure_compile_time_eval():  # concrete arrays may be merged inside a trace
+        found = _finite(leaves)
+    for path, finite in zip(paths, found, strict=True):
         bad = np.flatnonzero(~np.asarray(finite))
         if bad.size:
             raise UserError(f"merge: {path} of candidate {bad[0]} holds NaN or Inf; leave that candidate out")

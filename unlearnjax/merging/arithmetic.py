@@ -40,6 +40,7 @@ from unlearnjax.merging.protocol import (
     Settings,
     State,
     candidates,
+    rounds_on,
 )
 from unlearnjax.merging.sparsify import INSIDE, LARGEST, RANDOM, RANDOM_RANKS, WHOLE, Sparsifier
 
@@ -67,21 +68,6 @@ def _start(sparsifier: Sparsifier) -> Any:
         return Sums(sparsifier.start(size, count, settings), jnp.zeros((count, 2), jnp.float32), jnp.int32(0))
 
     return start
-
-
-def _own_rounds(sparsifier: Sparsifier) -> tuple[Round, ...]:
-    """The sparsifier's rounds, on its part of the state."""
-
-    def lifted(inner: Round) -> Round:
-        def statistics(deltas: Array, weights: Array, state: Sums, draws: Any, base: Any, settings: Settings) -> Any:
-            return inner.statistics(deltas, weights, state.own, draws, base, settings)
-
-        def update(state: Sums, partials: Any, settings: Settings) -> Sums:
-            return state._replace(own=inner.update(state.own, partials, settings))
-
-        return Round(statistics, update, inner.repeat)
-
-    return tuple(lifted(inner) for inner in sparsifier.rounds)
 
 
 def _unbiased(
@@ -131,7 +117,8 @@ def _paper_sum(sparsifier: Sparsifier, source: str, divides: bool) -> Rule:
     return Rule(
         "paper", source, combine, _properties(sparsifier, elects=False),
         hyperparameters=(*sparsifier.hyperparameters, *([normalize(True)] if divides else []), LAMBDA),
-        default_weight="mean" if divides else "one", start=_start(sparsifier), rounds=_own_rounds(sparsifier),
+        default_weight="mean" if divides else "one", start=_start(sparsifier),
+        rounds=rounds_on("own", sparsifier.rounds),
         check_weights=_refuse_zero_sum, needs_key=sparsifier.needs_key,
     )  # fmt: skip
 
@@ -173,6 +160,9 @@ def peft_rule(sparsifier: Sparsifier, source: str, elects: bool) -> Rule:
         deltas: Float[Array, "N ..."], weights: Float32[Array, "N"], state: Sums, draws: Draws | None,
         base: Array | None, settings: Settings,
     ) -> Float32[Array, "..."]:  # fmt: skip
+        if elects and sparsifier is LARGEST:
+            method = settings["majority_sign_method"]
+            return settings["lambda"] * elect.peft(deltas, weights, method, state.own.search.low)
         kept = _unbiased(sparsifier, deltas, state, draws, settings)
         if elects:
             return settings["lambda"] * elect.peft(kept, weights, settings["majority_sign_method"])
@@ -185,7 +175,7 @@ def peft_rule(sparsifier: Sparsifier, source: str, elects: bool) -> Rule:
         "peft", source, combine, properties,
         hyperparameters=(*sparsifier.hyperparameters, *([elect.MAJORITY] if elects else []), LAMBDA),
         spaces=("delta", "core", "factors"), default_weight="one", start=_start(sparsifier),
-        rounds=_own_rounds(sparsifier), needs_key=sparsifier.needs_key,
+        rounds=rounds_on("own", sparsifier.rounds), needs_key=sparsifier.needs_key,
     )  # fmt: skip
 
 
@@ -196,6 +186,8 @@ def mergekit_rule(sparsifier: Sparsifier, source: str, elects: bool, normalizes:
         deltas: Float[Array, "N ..."], weights: Float32[Array, "N"], state: Sums, draws: Draws | None,
         base: Array | None, settings: Settings,
     ) -> Float32[Array, "..."]:  # fmt: skip
+        if elects and sparsifier is LARGEST and not settings["rescale"]:
+            return settings["lambda"] * elect.mergekit(deltas, weights, settings["normalize"], state.own.search.low)
         kept = [x for x, _ in sparsifier.apply(deltas, state.own, draws, settings)]
         if settings["rescale"]:
             before, after = state.norms[:, 0], state.norms[:, 1]
@@ -226,7 +218,8 @@ def mergekit_rule(sparsifier: Sparsifier, source: str, elects: bool, normalizes:
     return Rule(
         "mergekit", source, combine, _properties(sparsifier, elects),
         hyperparameters=(*sparsifier.hyperparameters, normalize(normalizes), rescale(rescales), LAMBDA),
-        default_weight="one", start=_start(sparsifier), rounds=(*_own_rounds(sparsifier), Round(norms, update)),
+        default_weight="one", start=_start(sparsifier),
+        rounds=(*rounds_on("own", sparsifier.rounds), Round(norms, update)),
         check_weights=_refuse_zeros if elects else _refuse_zero_sum, needs_key=sparsifier.needs_key,
     )  # fmt: skip
 

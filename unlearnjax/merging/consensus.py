@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int16, Int32
+from jaxtyping import Array, Float, Float32, Int32
+from unlearnjax_kernels.consensus import api as kernel
 
 from unlearnjax.merging.protocol import (
     LAMBDA,
@@ -31,7 +32,6 @@ from unlearnjax.merging.protocol import (
     Rule,
     Settings,
     State,
-    candidates,
 )
 
 RHO = Hyperparameter(
@@ -42,76 +42,26 @@ AVERAGE = Hyperparameter("average", "what a kept entry is the mean of", default=
 MOST = 2**15 - 1  # votes are counted in int16
 
 
-class Votes(NamedTuple):
-    """What the candidates so far add up to. Sums are over w_i x_i and |w_i|; only average = "agreeing" needs them apart
-    by sign, so a mean of all takes two bytes per vote and four for the sum: no more than two models of float32.
-    """
+class Carry(NamedTuple):
+    """The votes so far, and how many candidates with a weight cast them."""
 
-    up: Float32[Array, "..."]
-    """Over the positive entries, or over all."""
-    down: Float32[Array, "..."]
-    """Over the negative entries, or a scalar 0."""
-    up_share: Float32[Array, "..."]
-    """The weights of the positive entries, or of all (a scalar)."""
-    down_share: Float32[Array, "..."]
-    ups: Int16[Array, "..."]
-    downs: Int16[Array, "..."]
+    votes: kernel.Votes
     voters: Int32[Array, ""]
-    """How many candidates have a weight."""
-
-
-def _start(shape: tuple[int, ...], settings: Settings) -> Votes:
-    apart = settings["average"] == "agreeing"
-    sums, number, none = jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int16), jnp.float32(0)
-    own = sums if apart else none
-    return Votes(sums, own, own, own, number, number, jnp.int32(0))
-
-
-def _add(votes: Votes, delta: Float[Array, "..."], weight: Float32[Array, ""], settings: Settings) -> Votes:
-    x, strength, none = weight * delta.astype(jnp.float32), jnp.abs(weight), jnp.float32(0)
-    if settings["average"] == "agreeing":
-        sums = (
-            votes.up + jnp.where(x > 0, x, none),
-            votes.down + jnp.where(x < 0, x, none),
-            votes.up_share + jnp.where(x > 0, strength, none),
-            votes.down_share + jnp.where(x < 0, strength, none),
-        )
-    else:
-        sums = (votes.up + x, none, votes.up_share + strength, none)
-    voters = votes.voters + (weight != 0).astype(jnp.int32)
-    return Votes(*sums, votes.ups + (x > 0).astype(jnp.int16), votes.downs + (x < 0).astype(jnp.int16), voters)
 
 
 def _needed(voters: Int32[Array, ""], rho: float | Float32[Array, ""]) -> Int32[Array, ""]:
-    """ceil(rho n); a product that is an integer up to float32's rounding counts as one."""
+    """ceil(rho n); a product that is an integer up to float32's rounding counts as one. Where nobody votes nothing is
+    kept."""
     product = jnp.asarray(rho, jnp.float32) * voters.astype(jnp.float32)
-    return jnp.ceil(product * jnp.float32(1 - 2e-7)).astype(jnp.int32)
+    return jnp.maximum(jnp.ceil(product * jnp.float32(1 - 2e-7)).astype(jnp.int32), jnp.int32(1))
 
 
-def _finish(votes: Votes, settings: Settings) -> Float32[Array, "..."]:
-    none = jnp.float32(0)
-    needed = _needed(votes.voters, settings["rho"])
-    # More than half agree, so never both; a candidate without weight has no vote.
-    up, down = (number.astype(jnp.int32) >= needed for number in (votes.ups, votes.downs))
-    if settings["average"] == "agreeing":
-        value, share = jnp.where(up, votes.up, votes.down), jnp.where(up, votes.up_share, votes.down_share)
-        kept = up | down
-    else:
-        value, share = votes.up, votes.up_share
-        kept = (up & (value > 0)) | (down & (value < 0))
-    mean = value / jnp.where(share == 0, jnp.float32(1), share)
-    return settings["lambda"] * jnp.where(kept & (votes.voters > 0), mean, none)
+def _kind(settings: Settings, conflict: bool) -> tuple[bool, float | Float32[Array, ""]]:
+    """Whether the mean is over the agreeing, and rho: conflict-only has neither setting."""
+    return not conflict and settings["average"] == "agreeing", 1.0 if conflict else settings["rho"]
 
 
-def _conflict(votes: Votes, settings: Settings) -> Float32[Array, "..."]:
-    agree = jnp.maximum(votes.ups, votes.downs).astype(jnp.int32) == votes.voters
-    mean = votes.up / jnp.where(votes.up_share == 0, jnp.float32(1), votes.up_share)
-    return settings["lambda"] * jnp.where(agree, jnp.float32(0), mean)
-
-
-def _combined(finish: Callable[[Votes, Settings], Float32[Array, "..."]]) -> Callable[..., Float32[Array, "..."]]:
-    """All candidates at once: the same additions, in one fusion."""
-
+def _combined(conflict: bool) -> Callable[..., Float32[Array, "..."]]:
     def combine(
         deltas: Float[Array, "N ..."],
         weights: Float32[Array, "N"],
@@ -120,22 +70,28 @@ def _combined(finish: Callable[[Votes, Settings], Float32[Array, "..."]]) -> Cal
         base: Array | None,
         settings: Settings,
     ) -> Float32[Array, "..."]:
-        settings = {"average": "all", **settings}
-        votes = _start(deltas.shape[1:], settings)
-        for i, delta in enumerate(candidates(deltas)):
-            votes = _add(votes, delta, weights[i], settings)
-        return finish(votes, settings)
+        agreeing, rho = _kind(settings, conflict)
+        needed = _needed(jnp.sum(weights != 0, dtype=jnp.int32), rho)
+        return settings["lambda"] * kernel.consensus(deltas, weights, needed, agreeing=agreeing, conflict=conflict)
 
     return combine
 
 
-def _accumulator(finish: Callable[[Votes, Settings], Float32[Array, "..."]]) -> Accumulator:
-    whole = lambda settings: {"average": "all", **settings}  # noqa: E731
-    return Accumulator(
-        lambda shape, settings: _start(shape, whole(settings)),
-        lambda votes, delta, weight, settings: _add(votes, delta, weight, whole(settings)),
-        finish,
-    )
+def _accumulator(conflict: bool) -> Accumulator:
+    """One candidate at a time: the same additions."""
+
+    def start(shape: tuple[int, ...], settings: Settings) -> Carry:
+        return Carry(kernel.start(shape, _kind(settings, conflict)[0]), jnp.int32(0))
+
+    def add(carry: Carry, delta: Float[Array, "..."], weight: Float32[Array, ""], settings: Settings) -> Carry:
+        votes = kernel.add(carry.votes, delta, weight, agreeing=_kind(settings, conflict)[0])
+        return Carry(votes, carry.voters + (weight != 0).astype(jnp.int32))
+
+    def finish(carry: Carry, settings: Settings) -> Float32[Array, "..."]:
+        agreeing, rho = _kind(settings, conflict)
+        return settings["lambda"] * kernel.finish(carry.votes, _needed(carry.voters, rho), agreeing, conflict)
+
+    return Accumulator(start, add, finish)
 
 
 def _refuse(weights: np.ndarray, settings: Settings) -> str | None:
@@ -151,10 +107,10 @@ CONSENSUS = MergeMethod(
         Rule(
             "paper",
             "NegMerge 2410.05583; rho < 1 as in torchunlearn",
-            _combined(_finish),
+            _combined(conflict=False),
             Properties(identity=(("lambda", 1.0),), streamable=True),
             hyperparameters=(RHO, AVERAGE, LAMBDA),
-            accumulator=_accumulator(_finish),
+            accumulator=_accumulator(conflict=False),
             check_weights=_refuse,
         ),
     ),
@@ -166,10 +122,10 @@ CONFLICT_ONLY = MergeMethod(
         Rule(
             "paper",
             "NegMerge 2410.05583, table 3",
-            _combined(_conflict),
+            _combined(conflict=True),
             Properties(identity=None, streamable=True),
             hyperparameters=(LAMBDA,),
-            accumulator=_accumulator(_conflict),
+            accumulator=_accumulator(conflict=True),
             check_weights=_refuse,
         ),
     ),

@@ -42,6 +42,9 @@ class Tensor(NamedTuple):
         return math.prod(self.shape)
 
 
+SEARCH_PASSES = 5  # that the search for a threshold takes as a rule; see unlearnjax_kernels.threshold.xla
+
+
 class Plan(NamedTuple):
     """A merge whose inputs have been checked and of whose tensors nothing has been read."""
 
@@ -54,8 +57,9 @@ class Plan(NamedTuple):
 
     @property
     def passes(self) -> int:
-        """How often every merged tensor is read."""
-        return 1 + (sum(round_.repeat for round_ in self.rule.rounds) if self.rule.scope == "tree" else 0)
+        """About how often every merged tensor is read: a search for thresholds takes as many passes as it needs."""
+        rounds = self.rule.rounds if self.rule.scope == "tree" else ()
+        return 1 + sum(1 if round_.until is None else SEARCH_PASSES for round_ in rounds)
 
     @property
     def bytes_read(self) -> int:
@@ -187,7 +191,8 @@ class Merger:
         weights = np.asarray(merged[0].weights, np.float32)
         for place, round_ in enumerate(rule.rounds):
             program = _round_program(rule, place, static)
-            for _ in range(round_.repeat):
+            until = round_.until
+            while until is None or not until(state):
                 total = None
                 for tensor in merged:
                     base, models = self._read(tensor)
@@ -195,6 +200,8 @@ class Merger:
                     self._check(tensor, finite)
                     total = part if total is None else jax.tree.map(jnp.add, total, part)
                 state = round_.update(state, total, {**numbers, **dict(static)})
+                if until is None:
+                    break
         return state
 
     def _read(self, tensor: Tensor) -> tuple[np.ndarray, list[np.ndarray]]:

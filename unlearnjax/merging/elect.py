@@ -1,16 +1,19 @@
 """Putting sparse deltas together: weighted sums, and the elections that leave out the entries of the losing sign.
 
-Each takes the candidates as a list of float32 arrays of one shape, and weights [N].
+Each takes the candidates, as an array [N, ...] or N arrays of one shape, and weights [N]. `thresholds` (patterns [N]
+or None) trim them first: see unlearnjax_kernels.ties, which does everything in one pass.
 """
 
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float32
+from jaxtyping import Array, Float, Float32, UInt32
+from unlearnjax_kernels.ties import elect_mean
 
 from unlearnjax.merging.protocol import Hyperparameter, total
 
-Deltas = Sequence[Float32[Array, "..."]]
+Deltas = Sequence[Float32[Array, "..."]] | Float[Array, "N ..."]
+Thresholds = UInt32[Array, "N"] | None
 
 MAJORITY = Hyperparameter(
     "majority_sign_method",
@@ -20,7 +23,7 @@ MAJORITY = Hyperparameter(
 )
 
 
-def weighted_sum(deltas: Deltas, weights: Float32[Array, "N"]) -> Float32[Array, "..."]:
+def weighted_sum(deltas: Sequence[Float32[Array, "..."]], weights: Float32[Array, "N"]) -> Float32[Array, "..."]:
     """sum_i w_i x_i"""
     return total([weights[i] * delta for i, delta in enumerate(deltas)])
 
@@ -37,49 +40,28 @@ def relative(weights: Float32[Array, "N"]) -> Float32[Array, "N"]:
     return weights / jnp.where(largest == 0, jnp.float32(1), largest)
 
 
-def agreeing(
-    deltas: Deltas,
-    weights: Float32[Array, "N"],
-    positive: Bool[Array, "..."],
-    shares: Float32[Array, "N"] | None,
+def paper(
+    deltas: Deltas, weights: Float32[Array, "N"], majority: Array, thresholds: Thresholds = None
 ) -> Float32[Array, "..."]:
-    """sum w_i x_i over the entries whose weighted sign is the elected one, over their summed shares.
-
-    Args:
-        positive: whether the elected sign is plus.
-        shares: what each agreeing candidate adds to the divisor; None divides by nothing.
-    """
-    weighted = [weights[i] * delta for i, delta in enumerate(deltas)]
-    agrees = [jnp.where(positive, value > 0, value < 0) for value in weighted]
-    value = total([jnp.where(keep, x, jnp.float32(0)) for keep, x in zip(agrees, weighted, strict=True)])
-    if shares is None:
-        return value
-    divisor = total([jnp.where(keep, shares[i], jnp.float32(0)) for i, keep in enumerate(agrees)])
-    return value / jnp.where(divisor == 0, jnp.float32(1), divisor)
-
-
-def paper(deltas: Deltas, weights: Float32[Array, "N"], majority: Array) -> Float32[Array, "..."]:
     """The mean of the entries that agree with the sign of the weighted sum; where that is 0, with `majority`'s.
 
     Only the weights' ratios matter, and a negative one enters its candidate negated.
     """
     parts = relative(weights)
-    elected = weighted_sum(deltas, parts)
-    positive = (elected > 0) | ((elected == 0) & (majority > 0))
-    return agreeing(deltas, parts, positive, jnp.abs(parts))
+    return elect_mean(deltas, thresholds, parts, parts, jnp.abs(parts), majority)
 
 
-def peft(deltas: Deltas, weights: Float32[Array, "N"], majority_sign_method: str) -> Float32[Array, "..."]:
+def peft(
+    deltas: Deltas, weights: Float32[Array, "N"], majority_sign_method: str, thresholds: Thresholds = None
+) -> Float32[Array, "..."]:
     """PEFT's disjoint_merge: an unweighted vote in which 0 is plus, over the number of agreeing candidates."""
-    votes = [jnp.sign(delta) for delta in deltas] if majority_sign_method == "frequency" else list(deltas)
-    positive = total(votes) >= 0
-    agrees = [jnp.where(positive, delta > 0, delta < 0) for delta in deltas]
-    value = total([jnp.where(keep, weights[i] * deltas[i], jnp.float32(0)) for i, keep in enumerate(agrees)])
-    number = total([keep.astype(jnp.float32) for keep in agrees])
-    return value / jnp.maximum(number, jnp.float32(1))
+    ones = jnp.ones_like(weights)
+    return elect_mean(deltas, thresholds, weights, ones, ones, by_sign=majority_sign_method == "frequency")
 
 
-def mergekit(deltas: Deltas, weights: Float32[Array, "N"], normalize: bool) -> Float32[Array, "..."]:
+def mergekit(
+    deltas: Deltas, weights: Float32[Array, "N"], normalize: bool, thresholds: Thresholds = None
+) -> Float32[Array, "..."]:
     """mergekit's consensus "sum": a weighted vote in which 0 is plus, and the agreeing weights as divisor."""
-    positive = weighted_sum(deltas, weights) >= 0
-    return agreeing(deltas, weights, positive, weights if normalize else None)
+    # Shares of 0 divide by nothing.
+    return elect_mean(deltas, thresholds, weights, weights, weights if normalize else jnp.zeros_like(weights))

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32
 from unlearnjax_kernels.dare.api import Part
 
 from unlearnjax.merging.protocol import Draws, Round, Rule, Settings, State
@@ -89,11 +89,13 @@ def _leaf(
 def _rounds(rule: Rule, state: State, settings: Settings, partials: Callable[[Round, State], Any]) -> State:
     for round_ in rule.rounds:
 
-        def step(_: Any, state: State, round_: Round = round_) -> State:
+        def step(state: State, round_: Round = round_) -> State:
             return round_.update(state, partials(round_, state), settings)
 
-        # A loop rather than 31 copies in the program; a single pass needs none.
-        state = step(0, state) if round_.repeat == 1 else jax.lax.fori_loop(0, round_.repeat, step, state)
+        def unfinished(state: State, round_: Round = round_) -> Bool[Array, ""]:
+            return ~round_.until(state)  # type: ignore[misc]
+
+        state = step(state) if round_.until is None else jax.lax.while_loop(unfinished, step, state)
     return state
 
 

@@ -76,7 +76,7 @@ def show(found: Plan) -> str:
     lines += [
         f"method:  {describe(found)}",
         f"read:    {found.bytes_read * found.passes / gb:.3f} GB"
-        + (f" ({found.passes} times {found.bytes_read / gb:.3f})" if found.passes > 1 else ""),
+        + (f" (about {found.passes} times {found.bytes_read / gb:.3f})" if found.passes > 1 else ""),
         f"written: {found.bytes_written / gb:.3f} GB",
         f"memory:  at most {found.memory / gb:.3f} GB of tensors at a time",
     ]

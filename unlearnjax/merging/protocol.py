@@ -114,18 +114,35 @@ class Properties(NamedTuple):
 
 
 class Round(NamedTuple):
-    """One pass over the data, or `repeat` passes of the same kind.
+    """One pass over the data, or passes of the same kind until a condition holds.
 
     statistics: (deltas[N, ...], weights[N], state, draws or None, base leaf or None, settings) -> partials, a pytree of
         arrays that reduce by sum.
     update: (state, summed partials, settings) -> state of the same structure, shapes and dtypes.
+    until: (state) -> bool []; None: one pass. Where it holds before the first pass, there is none.
     """
 
     statistics: Callable[
         [Float[Array, "N ..."], Float32[Array, "N"], State, Draws | None, Float[Array, "..."] | None, Settings], Any
     ]
     update: Callable[[State, Any, Settings], State]
-    repeat: int = 1
+    until: Callable[[State], Bool[Array, ""]] | None = None
+
+
+def rounds_on(field: str, rounds: tuple[Round, ...]) -> tuple[Round, ...]:
+    """The same rounds for a state (a NamedTuple) that holds theirs in `field`."""
+
+    def lifted(inner: Round) -> Round:
+        def statistics(deltas: Any, weights: Any, state: Any, draws: Any, base: Any, settings: Settings) -> Any:
+            return inner.statistics(deltas, weights, getattr(state, field), draws, base, settings)
+
+        def update(state: Any, partials: Any, settings: Settings) -> Any:
+            return state._replace(**{field: inner.update(getattr(state, field), partials, settings)})
+
+        until = inner.until
+        return Round(statistics, update, None if until is None else lambda state: until(getattr(state, field)))
+
+    return tuple(lifted(inner) for inner in rounds)
 
 
 class Accumulator(NamedTuple):

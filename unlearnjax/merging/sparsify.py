@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 from unlearnjax_kernels.threshold import api as threshold
 
 from unlearnjax.merging import trim
@@ -104,7 +104,7 @@ class Band(NamedTuple):
 def _start_band(size: int, count: int, settings: Settings) -> Band:
     pairs = zip(*(each(settings[name], count) for name in ("density", "gamma")), strict=True)
     counts = zip(*(_band_counts(size, *pair) for pair in pairs), strict=True)
-    return Band(*(Trim(jnp.stack(keep), threshold.search(count)) for keep in counts))
+    return Band(*(Trim(jnp.stack(keep), threshold.search(count, size)) for keep in counts))
 
 
 def _band_counts(size: int, density: Any, gamma: Any) -> tuple[Int32[Array, "2"], Int32[Array, "2"]]:
@@ -124,6 +124,21 @@ def _limbs(number: Float32[Array, ""]) -> Int32[Array, "2"]:
     return jnp.stack([(number - high * 65536).astype(jnp.int32), high.astype(jnp.int32)])
 
 
+def _sample_band(
+    deltas: Float[Array, "N ..."],
+    weights: Float32[Array, "N"],
+    state: Band,
+    draws: Draws | None,
+    base: Array | None,
+    settings: Settings,
+) -> threshold.Sample:
+    return threshold.sample(deltas)
+
+
+def _aim_band(state: Band, found: threshold.Sample, settings: Settings) -> Band:
+    return Band(*(t._replace(search=threshold.aim(t.search, found, t.keep)) for t in state))
+
+
 def _count_band(
     deltas: Float[Array, "N ..."],
     weights: Float32[Array, "N"],
@@ -131,13 +146,17 @@ def _count_band(
     draws: Draws | None,
     base: Array | None,
     settings: Settings,
-) -> tuple[Int32[Array, "N 2"], Int32[Array, "N 2"]]:
+) -> tuple[Int32[Array, "N P 2"], Int32[Array, "N P 2"]]:
     return threshold.count(deltas, state.outer.search), threshold.count(deltas, state.inner.search)
 
 
-def _narrow_band(state: Band, counts: tuple[Int32[Array, "N 2"], Int32[Array, "N 2"]], settings: Settings) -> Band:
+def _narrow_band(state: Band, counts: tuple[Int32[Array, "N P 2"], Int32[Array, "N P 2"]], settings: Settings) -> Band:
     pairs = zip((state.outer, state.inner), counts, strict=True)
     return Band(*(Trim(t.keep, threshold.narrow(t.search, found, t.keep)) for t, found in pairs))
+
+
+def _band_done(state: Band) -> Bool[Array, ""]:
+    return jnp.stack([threshold.done(t.search, t.keep) for t in state]).all()
 
 
 def _inside(
@@ -154,4 +173,9 @@ WHOLE = Sparsifier(_whole)
 LARGEST = Sparsifier(_largest, (DENSITY,), trim.start, trim.ROUNDS)
 RANDOM = Sparsifier(_random, (DENSITY,), needs_key=True)
 RANDOM_RANKS = Sparsifier(_random_ranks, (DENSITY, EPSILON), needs_key=True, elementwise=False)
-INSIDE = Sparsifier(_inside, (DENSITY, GAMMA), _start_band, (Round(_count_band, _narrow_band, repeat=threshold.BITS),))
+INSIDE = Sparsifier(
+    _inside,
+    (DENSITY, GAMMA),
+    _start_band,
+    (Round(_sample_band, _aim_band), Round(_count_band, _narrow_band, until=_band_done)),
+)

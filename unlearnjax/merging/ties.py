@@ -44,6 +44,7 @@ from unlearnjax.merging.protocol import (
     Round,
     Rule,
     Settings,
+    rounds_on,
     total,
 )
 from unlearnjax.merging.sparsify import LARGEST
@@ -64,16 +65,6 @@ class TiesState(NamedTuple):
 def _start(size: int, count: int, settings: Settings) -> TiesState:
     """The code's k-th smallest entry is itself kept: one more than density * size."""
     return TiesState(trim.start(size, count, settings, extra=1), jnp.int32(0))
-
-
-def _count(
-    deltas: Float[Array, "N ..."], weights: Array, state: TiesState, draws: Any, base: Any, settings: Settings
-) -> Int32[Array, "N 2"]:
-    return threshold.count(deltas, state.trim.search)
-
-
-def _narrow(state: TiesState, counts: Int32[Array, "N 2"], settings: Settings) -> TiesState:
-    return state._replace(trim=state.trim._replace(search=threshold.narrow(state.trim.search, counts, state.trim.keep)))
 
 
 def _count_signs(
@@ -100,7 +91,7 @@ def _combine_paper(
     base: Array | None,
     settings: Settings,
 ) -> Float32[Array, "..."]:
-    return settings["lambda"] * elect.paper(trim.trimmed(deltas, state.trim), weights, state.majority)
+    return settings["lambda"] * elect.paper(deltas, weights, state.majority, state.trim.search.low)
 
 
 def _combine_fusion_bench(
@@ -128,7 +119,7 @@ def _check_weights(weights: np.ndarray, settings: Settings) -> str | None:
     return "all of them are 0" if not weights.any() else None
 
 
-_ROUNDS = (Round(_count, _narrow, repeat=threshold.BITS), Round(_count_signs, _majority))
+_ROUNDS = (*rounds_on("trim", trim.ROUNDS), Round(_count_signs, _majority))
 _IDENTITY = (("density", 1.0), ("lambda", 1.0))
 
 TIES = MergeMethod(

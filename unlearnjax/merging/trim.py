@@ -1,4 +1,4 @@
-"""Keeping a share of a delta's entries by magnitude: exact thresholds, found by counting.
+"""Keeping a share of a delta's entries by magnitude: exact thresholds (unlearnjax_kernels.threshold).
 
 Where several entries tie with the k-th largest magnitude all of them are kept; the published codes break such ties
 arbitrarily. A Python density gives k = int(density * size) in double precision, as in those codes. A density that is a
@@ -37,7 +37,22 @@ def keep_count(density: float | Float32[Array, ""], size: int, extra: int = 0) -
 
 def start(size: int, count: int, settings: Settings, extra: int = 0) -> Trim:
     keep = [keep_count(density, size, extra) for density in each(settings["density"], count)]
-    return Trim(jnp.stack(keep), threshold.search(count))
+    return Trim(jnp.stack(keep), threshold.search(count, size))
+
+
+def _sample(
+    deltas: Float[Array, "N ..."],
+    weights: Float32[Array, "N"],
+    state: Trim,
+    draws: Draws | None,
+    base: Array | None,
+    settings: Settings,
+) -> threshold.Sample:
+    return threshold.sample(deltas)
+
+
+def _aim(state: Trim, found: threshold.Sample, settings: Settings) -> Trim:
+    return state._replace(search=threshold.aim(state.search, found, state.keep))
 
 
 def _count(
@@ -47,20 +62,24 @@ def _count(
     draws: Draws | None,
     base: Array | None,
     settings: Settings,
-) -> Int32[Array, "N 2"]:
+) -> Int32[Array, "N P 2"]:
     return threshold.count(deltas, state.search)
 
 
-def _narrow(state: Trim, counts: Int32[Array, "N 2"], settings: Settings) -> Trim:
+def _narrow(state: Trim, counts: Int32[Array, "N P 2"], settings: Settings) -> Trim:
     return state._replace(search=threshold.narrow(state.search, counts, state.keep))
 
 
-ROUNDS = (Round(_count, _narrow, repeat=threshold.BITS),)
+def _done(state: Trim) -> Bool[Array, ""]:
+    return jnp.all(threshold.done(state.search, state.keep))
+
+
+ROUNDS = (Round(_sample, _aim), Round(_count, _narrow, until=_done))
 
 
 def reaches(deltas: Float[Array, "N ..."], state: Trim) -> list[Bool[Array, "..."]]:
     """Per candidate, which entries are among the kept."""
-    pattern = state.search.pattern
+    pattern = state.search.low
     return [threshold.magnitude_bits(delta) >= pattern[i] for i, delta in enumerate(candidates(deltas))]
 
 

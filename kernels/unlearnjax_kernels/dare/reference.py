@@ -21,3 +21,9 @@ def kept(seed: np.ndarray, candidate: int, places: np.ndarray, density: float) -
     if density >= 1:
         return np.ones(places.shape, bool)
     return bits(seed, candidate, places) < np.uint32(np.float32(density) * np.float32(2**32))
+
+
+def drop(x: np.ndarray, seed: np.ndarray, candidate: int, density: float, start: int = 0) -> np.ndarray:
+    """See `api.drop`."""
+    places = (np.arange(x.size, dtype=np.uint32) + np.uint32(start)).reshape(x.shape)
+    return np.where(kept(seed, candidate, places, density), x, np.zeros((), x.dtype))

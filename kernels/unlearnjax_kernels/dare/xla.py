@@ -52,6 +52,10 @@ def kept(
     density: Float32[Array, "..."],
 ) -> Bool[Array, "..."]:
     """See `reference.kept`; the density may differ from entry to entry."""
+    return (bits(seed, candidate, places) < chance_limit(density)) | (density >= 1)
+
+
+def chance_limit(density: Float32[Array, "..."]) -> UInt32[Array, "..."]:
+    """Bits below it occur with this probability (below 1: nothing is left out at 1, which is compared apart)."""
     # The product with 2^32 is exact, and below 2^32 where it is converted.
-    limit = (jnp.minimum(density, jnp.float32(1 - 2**-24)) * jnp.float32(2**32)).astype(jnp.uint32)
-    return (bits(seed, candidate, places) < limit) | (density >= 1)
+    return (jnp.minimum(density, jnp.float32(1 - 2**-24)) * jnp.float32(2**32)).astype(jnp.uint32)

@@ -12,6 +12,12 @@ def magnitude_bits(x: np.ndarray) -> np.ndarray:
     return np.abs(x.astype(np.float32)).view(np.uint32)
 
 
+def hits(x: np.ndarray, pivots: np.ndarray) -> np.ndarray:
+    """See `api.hits`."""
+    bits = magnitude_bits(x).reshape(len(x), 1, -1)
+    return (bits >= pivots[:, :, None]).sum(axis=-1, dtype=np.int32)
+
+
 def kth_magnitude(leaves: Sequence[np.ndarray], k: int) -> np.ndarray:
     """Per candidate, the pattern of the k-th largest magnitude over all leaves together.
 

@@ -1,0 +1,1 @@
+"""Throughput on the user's own device or pod: merges against its copy bandwidth, and candidate training."""

@@ -1,0 +1,70 @@
+"""Timing jobs turn by turn, and the devices they run on."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from unlearnjax.errors import UserError
+
+
+def laps(jobs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each job, `repeats` times, in turn: what slows the machine for a while slows all of them.
+
+    Each runs once before, untimed. A job's result is waited for.
+    """
+    for job in jobs.values():
+        jax.block_until_ready(job())
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for _ in range(repeats):
+        for name, job in jobs.items():
+            begin = time.perf_counter()
+            jax.block_until_ready(job())
+            seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, least and most, to four digits."""
+    found = {"median": statistics.median(values), "least": min(values), "most": max(values)}
+    return {name: float(f"{value:.4g}") for name, value in found.items()}
+
+
+def device() -> dict[str, Any]:
+    """What the figures are of."""
+    first = jax.devices()[0]
+    return {"platform": first.platform, "device": first.device_kind, "devices": jax.device_count()}
+
+
+def parse_size(text: str) -> int:
+    """`4M` as 4 * 2**20; K, M and G are powers of 1024.
+
+    Raises:
+      UserError: no such size.
+    """
+    factors = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+    number, factor = (text[:-1], factors[text[-1].lower()]) if text[-1:].lower() in factors else (text, 1)
+    if not number.isdigit() or int(number) == 0:
+        raise UserError(f"bench: size {text!r} is no number of entries; give one such as 4M (K, M, G: powers of 1024)")
+    return int(number) * factor
+
+
+def parse_mesh(text: str | None) -> Mesh | None:
+    """`data=8` as a mesh with that axis over the first 8 devices.
+
+    Raises:
+      UserError: not of that form, or more devices than there are.
+    """
+    if text is None:
+        return None
+    name, _, number = text.partition("=")
+    if name != "data" or not number.isdigit() or int(number) == 0:
+        raise UserError(f"bench: mesh {text!r} is not data=D; tensors are cut along one axis over D devices")
+    found = jax.devices()
+    if int(number) > len(found):
+        raise UserError(f"bench: mesh {text} needs {number} devices and there are {len(found)}")
+    return Mesh(np.array(found[: int(number)]), ("data",))

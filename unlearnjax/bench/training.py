@@ -1,0 +1,111 @@
+"""Training throughput: candidate-tokens per second of N LoRA candidates in one program."""
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unlearnjax.adapters.lora import lora
+from unlearnjax.bench.timing import device, laps, spread
+from unlearnjax.data.schedule import Pace, plan
+from unlearnjax.data.tokens import pack, to_device
+from unlearnjax.models.abstract import init_params
+from unlearnjax.models.config import ModelConfig
+from unlearnjax.models.decoder import build
+from unlearnjax.objectives.objective import objective
+from unlearnjax.training.hyperparameters import SCHEDULES, stack
+from unlearnjax.training.loop import work_of
+from unlearnjax.training.reference import base_reference
+from unlearnjax.training.state import init_state
+from unlearnjax.training.step import Task, compiled_step
+
+TERMS = ("npo", "gdr", "klr")  # ZJUKLAB's
+SMALL = ModelConfig(
+    "olmo", 4096, 256, 768, 4, 8, 8, 32, "layer", max_positions=2048, eos_token_ids=(), pad_token_id=0
+)  # fmt: skip
+
+
+def measure(
+    config: ModelConfig,
+    *,
+    candidates: int,
+    micro_batch: int = 4,
+    length: int = 128,
+    rank: int = 32,
+    dtype: str = "float32",
+    repeats: int = 5,
+) -> dict[str, Any]:
+    """Time one optimizer update of every candidate: `micro_batch` forget rows and as many retain rows of `length`
+    tokens each, NPO + GDR + KLR, AdamW, on a model of this shape with random weights.
+
+    Returns:
+      seconds per step (median, least, most), tokens_per_second (candidates x 2 x micro_batch x length over the median),
+      steps_per_second (candidate-steps), compile_seconds, and what was measured.
+    """
+    model = build(config)
+    params = jax.jit(lambda key: init_params(model.abstract(jnp.dtype(dtype)), key))(jax.random.key(0))
+    draw = np.random.default_rng(0)
+    sides = {}
+    for side in ("forget", "retain"):
+        rows = draw.integers(0, config.vocab_size, (micro_batch * 2, length)).tolist()
+        sides[side] = pack(rows, [length // 2] * len(rows))
+    wanted = objective(TERMS)
+    schedule = plan(sides, [Pace(micro_batch, 1, 1, seed) for seed in range(candidates)])
+    stores = {
+        side: to_device(tokens, base_reference(model, params, tokens, wanted.needs(side)))
+        for side, tokens in sides.items()
+    }
+    adapter = lora(config, tuple(config.linears), rank)
+    h = stack([_settings(i, candidates, rank) for i in range(candidates)])
+    states = jax.jit(jax.vmap(lambda c: init_state(adapter, params, c)))(h)
+    state_bytes = sum(x.nbytes for x in jax.tree.leaves(states))
+    step = schedule.steps[0]
+    begin = time.perf_counter()
+    program = compiled_step(Task(model, adapter, wanted, False)).lower(
+        params, stores, states, work_of(step), h, step.width, step.answers
+    )
+    program = program.compile()
+    compile_seconds = time.perf_counter() - begin
+
+    def update() -> Any:
+        nonlocal states
+        states, metrics = program(params, stores, states, work_of(step), h)
+        return states, metrics
+
+    seconds = laps({"step": update}, repeats)["step"]
+    tokens = candidates * 2 * micro_batch * length
+    return {
+        "bench": "train",
+        "candidates": candidates,
+        "micro_batch": micro_batch,
+        "length": length,
+        "rank": rank,
+        "dtype": dtype,
+        "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        "seconds": spread(seconds),
+        "tokens_per_second": float(f"{tokens / spread(seconds)['median']:.4g}"),
+        "steps_per_second": float(f"{candidates / spread(seconds)['median']:.4g}"),
+        "state_mib": round(state_bytes / 2**20, 1),
+        "compile_seconds": float(f"{compile_seconds:.3g}"),
+        **device(),
+    }
+
+
+def _settings(number: int, candidates: int, rank: int) -> dict[str, Any]:
+    """Candidates that differ in learning rate and initialisation."""
+    return {
+        "learning_rate": 1e-4 * (1 + number / candidates),
+        "weight_decay": 0.01,
+        "warmup_updates": 0,
+        "total_updates": 1000,
+        "schedule": SCHEDULES.index("linear"),
+        "max_grad_norm": float("inf"),
+        "term_weights": {"npo": 0.4, "gdr": 0.2, "klr": 0.4},
+        "beta": 0.1,
+        "lora_alpha": rank,
+        "lora_rank": rank,
+        "dropout": 0.0,
+        "init_seed": number,
+    }
