@@ -1,7 +1,8 @@
 """Merge throughput: a method on N made-up deltas in memory, beside a copy of the same bytes."""
 
+import time
 from collections.abc import Callable
-from typing import Any, time
+from typing import Any
 
 import jax
 import jax.numpy as jnp

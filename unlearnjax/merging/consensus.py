@@ -56,9 +56,9 @@ def _needed(voters: Int32[Array, ""], rho: float | Float32[Array, ""]) -> Int32[
     return jnp.maximum(jnp.ceil(product * jnp.float32(1 - 2e-7)).astype(jnp.int32), jnp.int32(1))
 
 
-def _kind(settings: Settings, conflict: bool) -> tuple[bool, float | Float32[Array, ""]]:
-    """Whether the mean is over the agreeing, and rho: conflict-only has neither setting."""
-    return not conflict and settings["average"] == "agreeing", 1.0 if conflict else settings["rho"]
+def _agreeing(settings: Settings, conflict: bool) -> bool:
+    """Whether the mean is over the candidates of the winning sign; conflict-only has no such setting, and no rho."""
+    return not conflict and settings["average"] == "agreeing"
 
 
 def _combined(conflict: bool) -> Callable[..., Float32[Array, "..."]]:
@@ -70,8 +70,8 @@ def _combined(conflict: bool) -> Callable[..., Float32[Array, "..."]]:
         base: Array | None,
         settings: Settings,
     ) -> Float32[Array, "..."]:
-        agreeing, rho = _kind(settings, conflict)
-        needed = _needed(jnp.sum(weights != 0, dtype=jnp.int32), rho)
+        agreeing = _agreeing(settings, conflict)
+        needed = _needed(jnp.sum(weights != 0, dtype=jnp.int32), settings.get("rho", 1.0))
         return settings["lambda"] * kernel.consensus(deltas, weights, needed, agreeing=agreeing, conflict=conflict)
 
     return combine
@@ -81,15 +81,15 @@ def _accumulator(conflict: bool) -> Accumulator:
     """One candidate at a time: the same additions."""
 
     def start(shape: tuple[int, ...], settings: Settings) -> Carry:
-        return Carry(kernel.start(shape, _kind(settings, conflict)[0]), jnp.int32(0))
+        return Carry(kernel.start(shape, _agreeing(settings, conflict)), jnp.int32(0))
 
     def add(carry: Carry, delta: Float[Array, "..."], weight: Float32[Array, ""], settings: Settings) -> Carry:
-        votes = kernel.add(carry.votes, delta, weight, agreeing=_kind(settings, conflict)[0])
+        votes = kernel.add(carry.votes, delta, weight, agreeing=_agreeing(settings, conflict))
         return Carry(votes, carry.voters + (weight != 0).astype(jnp.int32))
 
     def finish(carry: Carry, settings: Settings) -> Float32[Array, "..."]:
-        agreeing, rho = _kind(settings, conflict)
-        return settings["lambda"] * kernel.finish(carry.votes, _needed(carry.voters, rho), agreeing, conflict)
+        needed = _needed(carry.voters, settings.get("rho", 1.0))
+        return settings["lambda"] * kernel.finish(carry.votes, needed, _agreeing(settings, conflict), conflict)
 
     return Accumulator(start, add, finish)
 
