@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from unlearnjax.cli import merge as command
 from unlearnjax.cli.main import main
 from unlearnjax.errors import UserError
-from unlearnjax.merging import merge, methods
+from unlearnjax.merging import merge, methods, pieces
 from unlearnjax.merging.disk import plan
 from unlearnjax.merging.folders import merge_folders
 from unlearnjax.merging.job import Input, Job, depths, value_at
@@ -69,6 +69,27 @@ def test_equals_the_merge_in_memory(folders, tmp_path, method, options):
     assert merged.keys() == base.keys()
     for name, x in merged.items():
         np.testing.assert_allclose(x, base[name] + np.asarray(expected[name]), rtol=1e-5, atol=1e-6)
+
+
+ELEMENTWISE = [
+    (method, rule)
+    for method, each in sorted(methods().items())
+    for rule in each.rules
+    if rule.properties.elementwise and rule.least <= 3 and (rule.most is None or rule.most >= 3)
+]
+
+
+@pytest.mark.parametrize(("method", "rule"), ELEMENTWISE, ids=[f"{m}-{r.semantics}" for m, r in ELEMENTWISE])
+def test_cut_tensors_merge_as_whole_ones(folders, tmp_path, monkeypatch, method, rule):
+    """Pieces that divide no tensor, against one piece for each."""
+    options = {p.name: 0.5 for p in rule.hyperparameters if p.required}
+    found = plan(job(folders, method, rule.semantics, **options))
+    merge_folders(found, tmp_path / "whole")
+    monkeypatch.setattr(pieces, "PIECE", 37)
+    merge_folders(found, tmp_path / "cut")
+    whole = tensors(tmp_path / "whole")
+    for name, x in tensors(tmp_path / "cut").items():
+        np.testing.assert_allclose(x, whole[name], rtol=1e-6, atol=1e-7, err_msg=name)
 
 
 def test_transformers_loads_it_and_it_is_described(folders, tmp_path):

@@ -10,7 +10,7 @@ import mmap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -235,7 +235,8 @@ def _nothing_here(folder: Path) -> str:
 
 
 class Entry(NamedTuple):
-    """A tensor to write: `value` is the array, or a function without arguments that makes it when its turn comes."""
+    """A tensor to write: `value` is the array, or a function without arguments that makes it when its turn comes: the
+    array, or an iterator of flat pieces that make it up."""
 
     name: str
     shape: tuple[int, ...]
@@ -270,10 +271,25 @@ def write_file(path: str | Path, entries: Iterable[Entry], metadata: dict[str, s
     with Path(path).open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for entry in entries:
-            array = np.asarray(entry.value() if callable(entry.value) else entry.value)
+            value = entry.value() if callable(entry.value) else entry.value
+            if isinstance(value, Iterator):
+                _write_pieces(file, entry, value)
+                continue
+            array = np.asarray(value)
             if array.shape != tuple(entry.shape) or array.dtype != np.dtype(entry.dtype):
                 raise ValueError(f"{entry.name}: {array.dtype} {array.shape} instead of {entry.dtype} {entry.shape}")
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+def _write_pieces(file: BinaryIO, entry: Entry, pieces: Iterator[np.ndarray]) -> None:
+    written = 0
+    for piece in pieces:
+        if piece.dtype != np.dtype(entry.dtype):
+            raise ValueError(f"{entry.name}: a piece of {piece.dtype} instead of {entry.dtype}")
+        file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+        written += piece.nbytes
+    if written != entry.size:
+        raise ValueError(f"{entry.name}: pieces of {written} bytes instead of {entry.size}")
 
 
 def _shards(entries: Iterable[Entry], limit: int) -> Iterator[list[Entry]]:

@@ -1,29 +1,32 @@
 """Merging model folders tensor by tensor: no model is ever in memory, whatever its size.
 
-Tensors are views of mapped files, read as they are needed; one is merged while the one before is written. Methods whose
-thresholds are the whole model's (scope "tree") go through all tensors once for each round before that.
+Tensors are read, merged and written in pieces (`pieces`), all three at the same time: a method without thresholds holds
+a few pieces of each model, one with thresholds of its own for each tensor the deltas of that tensor. Methods whose
+thresholds are the whole model's (scope "tree") go through all tensors once for each round before that. Where a method
+needs a tensor whole (ranks along a row, angles of rows), its only piece is the tensor.
 """
 
 import functools
+import itertools
 import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array
 
 from unlearnjax.errors import UserError, check_known
 from unlearnjax.io.huggingface import check_dtype, read_json, resolve
 from unlearnjax.io.safetensors import Checkpoint, Entry, open_folder, write_sharded
-from unlearnjax.merging import engine
+from unlearnjax.merging import pieces
 from unlearnjax.merging.api import check_count, check_each, check_hyperparameters, find_rule
 from unlearnjax.merging.job import Job, depths, settings_at
-from unlearnjax.merging.protocol import MergeMethod, Rule, Settings, State
+from unlearnjax.merging.pieces import Piece, piece_size
+from unlearnjax.merging.protocol import MergeMethod, Rule, State
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 
@@ -59,7 +62,8 @@ class Plan(NamedTuple):
     def passes(self) -> int:
         """About how often every merged tensor is read: a search for thresholds takes as many passes as it needs."""
         rounds = self.rule.rounds if self.rule.scope == "tree" else ()
-        return 1 + sum(1 if round_.until is None else SEARCH_PASSES for round_ in rounds)
+        passes = [1 if r.until is None else SEARCH_PASSES * (1 if r.before is None else 2) for r in rounds]
+        return 1 + sum(passes)
 
     @property
     def bytes_read(self) -> int:
@@ -77,10 +81,17 @@ class Plan(NamedTuple):
 
     @property
     def memory(self) -> int:
-        """A bound on the memory for tensors: of the largest one, all inputs, the result, one that is being written, and
-        two float32 copies of each candidate that a threshold may be searched in."""
+        """A bound on the memory for tensors, counted in float32: the pieces that are read ahead and merged; the deltas
+        and the base of the largest tensor, where its thresholds are its own; and all inputs, their deltas, the result
+        and what is being written, where the method needs whole tensors."""
         largest = max((t.size for t in self.tensors), default=0)
-        return largest * 4 * (3 * len(self.models) + 4)
+        count = len(self.models) + 1
+        kept = max((t.size for t in self.tensors if t.settings is None), default=0)
+        if not self.rule.properties.elementwise:
+            return largest * 4 * (3 * count + 1)
+        moving = piece_size(largest) * 4 * count * (pieces.AHEAD + 5)
+        own = self.rule.rounds and self.rule.scope == "leaf"
+        return moving + 4 * max(largest * count if own else 0, kept * (pieces.AHEAD + 1))
 
 
 def plan(job: Job) -> Plan:
@@ -134,144 +145,166 @@ def merge_to(
     """Merge into safetensors files in `folder` (stage it: it is not whole until this returns).
 
     Args:
-      progress: called with the number of bytes read for each tensor.
+      progress: called with the number of bytes read, piece by piece.
 
     Raises:
       UserError: NaN or Inf in a tensor of a model, which is named.
     """
-    merge = Merger(found, progress)
-    with ThreadPoolExecutor(1) as worker:
-        values = _ahead(worker, [functools.partial(merge.value, tensor) for tensor in found.tensors])
+    with ThreadPoolExecutor(1) as reader:
+        values = Merger(found, reader, progress).values()
         entries = [Entry(t.name, t.shape, t.dtype, lambda: next(values)) for t in found.tensors]
         write_sharded(folder, entries, max_shard_bytes)
 
 
-def _ahead(worker: ThreadPoolExecutor, tasks: Sequence[Callable[[], np.ndarray]]) -> Iterator[np.ndarray]:
-    """The tasks' results in order; the next one is under way while the caller is busy with this one."""
-    pending: Future[np.ndarray] | None = None
-    for task in [*tasks, None]:
-        following = None if task is None else worker.submit(task)
-        if pending is not None:
-            yield pending.result()
-        pending = following
-
-
 class Merger:
-    """Merges a plan's tensors one by one; for a rule of scope "tree" it first goes through all of them."""
+    """Merges a plan's tensors in their order; for a rule of scope "tree" it first goes through all of them."""
 
-    def __init__(self, found: Plan, progress: Callable[[int], object] | None = None) -> None:
-        self.plan, self.progress = found, progress
+    def __init__(
+        self, found: Plan, reader: ThreadPoolExecutor, progress: Callable[[int], object] | None = None
+    ) -> None:
+        self.plan, self.reader, self.progress = found, reader, progress
+        self.count = len(found.models)
+        self.piece = piece_size(max((t.size for t in found.tensors), default=0))
+        self.in_pieces = found.rule.properties.elementwise
         self._state: State | None = None
         if found.rule.scope == "tree":
             self._state = self._search()
 
-    def value(self, tensor: Tensor) -> np.ndarray:
-        """The merged tensor, in its dtype."""
-        base, models = self._read(tensor)
-        if tensor.settings is None:
-            return base
-        rule, factor = self.plan.rule, np.float32(self.plan.job.factor)
-        static, numbers = _split(rule, tensor.settings)
-        start = self._state if rule.scope == "tree" else rule.start(tensor.size, len(models), tensor.settings)
-        program = _merge_program(rule, static, str(tensor.dtype))
-        result, finite = program(
-            models, base, np.asarray(tensor.weights, np.float32), start, self._key(tensor), numbers, factor
-        )
-        self._check(tensor, finite)
-        return np.asarray(result)
+    def values(self) -> Iterator[np.ndarray | Iterator[np.ndarray]]:
+        """The tensors in their dtypes: merged ones as flat pieces, the base's own whole."""
+        reads = self._reads(self.plan.tensors)
+        for tensor in self.plan.tensors:
+            if tensor.settings is None:
+                yield next(reads)
+            else:
+                yield self._pieces(tensor, itertools.islice(reads, self._number(tensor)))
 
-    def _search(self) -> State:
-        """The whole model's statistics, round by round."""
-        rule = self.plan.rule
-        merged = [t for t in self.plan.tensors if t.settings is not None]
-        if not merged:
-            return ()
-        static, numbers = _split(rule, merged[0].settings or {})
-        state = rule.start(sum(t.size for t in merged), len(self.plan.models), merged[0].settings or {})
-        weights = np.asarray(merged[0].weights, np.float32)
-        for place, round_ in enumerate(rule.rounds):
-            program = _round_program(rule, place, static)
-            until = round_.until
-            while until is None or not until(state):
-                total = None
-                for tensor in merged:
-                    base, models = self._read(tensor)
-                    part, finite = program(models, base, weights, state, self._key(tensor), numbers)
+    def _pieces(self, tensor: Tensor, reads: Iterator[Piece]) -> Iterator[np.ndarray]:
+        """The next piece is being computed while the caller writes one."""
+        pending: tuple[Array, Array | None, int] | None = None
+        for following in itertools.chain(self._results(tensor, reads), [None]):
+            if pending is not None:
+                result, finite, size = pending
+                if finite is not None:
                     self._check(tensor, finite)
-                    total = part if total is None else jax.tree.map(jnp.add, total, part)
-                state = round_.update(state, total, {**numbers, **dict(static)})
-                if until is None:
+                yield np.asarray(result).reshape(-1)[:size]
+            pending = following
+
+    def _results(self, tensor: Tensor, reads: Iterator[Piece]) -> Iterator[tuple[Array, Array | None, int]]:
+        """(entries, which models are finite if that is still to be checked, how many entries are no filling)"""
+        rule, job = self.plan.rule, self._job(tensor)
+        if not rule.rounds or rule.scope == "tree":
+            state = self._state if rule.scope == "tree" else rule.start(tensor.size, self.count, tensor.settings or {})
+            for piece in reads:
+                yield *pieces.merged(job, piece, state), piece.size
+            return
+        held, finites = [], []
+        for piece in reads:
+            deltas, finite = pieces.deltas_of(piece)
+            held.append((deltas, piece._replace(models=[])))
+            finites.append(finite)
+        for finite in finites:
+            self._check(tensor, finite)
+        state = self._rounds(
+            job, rule.start(tensor.size, self.count, tensor.settings or {}), lambda: ((job, *pair) for pair in held)
+        )
+        for deltas, piece in held:
+            yield pieces.combined(job, deltas, piece, state), None, piece.size
+
+    def _rounds(
+        self, job: pieces.Job, state: State, data: Callable[[], Iterable[tuple[pieces.Job, Array, Piece]]]
+    ) -> State:
+        def through(state: State, place: int, before: bool) -> State:
+            total = None
+            for own, deltas, piece in data():
+                total = pieces.add(total, pieces.partials(own, place, before, deltas, piece, state))
+            return pieces.update(job, place, before, state, total)
+
+        for place, round_ in enumerate(self.plan.rule.rounds):
+            while round_.until is None or not pieces.finished(job, place, state):
+                if round_.before is not None:
+                    state = through(state, place, True)
+                state = through(state, place, False)
+                if round_.until is None:
                     break
         return state
 
-    def _read(self, tensor: Tensor) -> tuple[np.ndarray, list[np.ndarray]]:
-        base = self.plan.base.read(tensor.name)
-        models = [] if tensor.settings is None else [model.read(tensor.name) for model in self.plan.models]
-        if self.progress is not None:
-            self.progress(base.nbytes + sum(x.nbytes for x in models))
-        return base, models
+    def _search(self) -> State:
+        """The whole model's statistics, round by round."""
+        tensors = [t for t in self.plan.tensors if t.settings is not None and t.size]
+        if not tensors:
+            return ()
+        checked = False
 
-    def _key(self, tensor: Tensor) -> Array | None:
-        if not self.plan.rule.needs_key:
-            return None
+        def data() -> Iterator[tuple[pieces.Job, Array, Piece]]:
+            nonlocal checked
+            reads = self._reads(tensors)
+            for tensor in tensors:
+                job = self._job(tensor)
+                finites = []
+                for piece in itertools.islice(reads, self._number(tensor)):
+                    deltas, finite = pieces.deltas_of(piece)
+                    finites.append(finite)
+                    yield job, deltas, piece
+                for finite in [] if checked else finites:
+                    self._check(tensor, finite)
+            checked = True
+
+        start = self.plan.rule.start(sum(t.size for t in tensors), self.count, tensors[0].settings or {})
+        return self._rounds(self._job(tensors[0]), start, data)
+
+    def _job(self, tensor: Tensor) -> pieces.Job:
+        rule = self.plan.rule
+        static, numbers = _split(rule, tensor.settings or {})
+        key = self._key(tensor) if rule.needs_key else None
+        weights, factor = np.asarray(tensor.weights, np.float32), np.float32(self.plan.job.factor)
+        return pieces.Job(rule, static, numbers, weights, key, factor, str(tensor.dtype))
+
+    def _reads(self, tensors: Sequence[Tensor]) -> Iterator[Any]:
+        """For each tensor its pieces; or its base, where it is not merged. Read ahead."""
+
+        def tasks() -> Iterator[Callable[[], Any]]:
+            for tensor in tensors:
+                if tensor.settings is None:
+                    yield functools.partial(self._base, tensor)
+                elif not self.in_pieces:
+                    yield functools.partial(self._whole, tensor)
+                else:
+                    for start, stop in pieces.cut(tensor.size, self.piece):
+                        yield functools.partial(self._piece, tensor, start, stop)
+
+        return pieces.ahead(self.reader, tasks(), pieces.AHEAD if self.in_pieces else 1)
+
+    def _base(self, tensor: Tensor) -> np.ndarray:
+        return self._count(np.array(self.plan.base.read(tensor.name)))
+
+    def _whole(self, tensor: Tensor) -> Piece:
+        models = [self._count(np.array(model.read(tensor.name))) for model in self.plan.models]
+        return Piece(None, tensor.size, self._base(tensor), models)
+
+    def _number(self, tensor: Tensor) -> int:
+        """How many pieces it has."""
+        return -(-tensor.size // self.piece) if self.in_pieces else 1
+
+    def _piece(self, tensor: Tensor, start: int, stop: int) -> Piece:
+        base, *models = (
+            self._count(pieces.filled(source.read(tensor.name), start, stop, self.piece), stop - start)
+            for source in (self.plan.base, *self.plan.models)
+        )
+        return Piece(start, stop - start, base, models)
+
+    def _count(self, x: np.ndarray, entries: int | None = None) -> np.ndarray:
+        if self.progress is not None:
+            self.progress(x.itemsize * (x.size if entries is None else entries))
+        return x
+
+    def _key(self, tensor: Tensor) -> Array:
         return jax.random.fold_in(jax.random.key(self.plan.job.seed), zlib.crc32(tensor.name.encode()))
 
     def _check(self, tensor: Tensor, finite: Array) -> None:
         for model, good in zip(("the base", *(x.model for x in self.plan.job.inputs)), np.asarray(finite), strict=True):
             if not good:
                 raise UserError(f"merge: tensor {tensor.name!r} of {model} holds NaN or Inf; leave that model out")
-
-
-class _Rows:
-    """Candidates as separate arrays where rules expect one [N, ...]: they only ever take one row at a time, and
-    stacking would copy all of them."""
-
-    def __init__(self, rows: Sequence[Float32[Array, "..."]]) -> None:
-        self.rows = rows
-        self.shape = (len(rows), *rows[0].shape)
-        self.ndim = rows[0].ndim + 1
-        self.size = math.prod(self.shape)
-        self.dtype = rows[0].dtype
-
-    def __getitem__(self, i: int) -> Float32[Array, "..."]:
-        return self.rows[i]
-
-
-def _rows(models: Sequence[Float[Array, "..."]], base: Float[Array, "..."]) -> tuple[Any, Array]:
-    """The deltas in float32, and which of base and models are finite."""
-    whole = base.astype(jnp.float32)
-    finite = jnp.stack([jnp.isfinite(x).all() for x in (base, *models)])
-    return _Rows([x.astype(jnp.float32) - whole for x in models]), finite
-
-
-@functools.lru_cache(maxsize=64)
-def _merge_program(rule: Rule, static: tuple[tuple[str, Any], ...], dtype: str) -> Any:
-    def program(
-        models: list, base: Array, weights: Array, start: State, key: Array | None, numbers: dict, factor: Array
-    ) -> tuple[Array, Array]:
-        deltas, finite = _rows(models, base)
-        settings = {**numbers, **dict(static)}
-        if rule.scope == "tree":
-            draws = engine.draws_of(key, None)
-            delta = rule.combine(deltas, weights, start, draws, base, settings)
-        else:
-            (delta,) = engine.run(rule, [deltas], weights, [start], [key], [base], settings)
-        return (base.astype(jnp.float32) + factor * delta).astype(dtype), finite
-
-    return jax.jit(program)
-
-
-@functools.lru_cache(maxsize=64)
-def _round_program(rule: Rule, place: int, static: tuple[tuple[str, Any], ...]) -> Any:
-    def program(
-        models: list, base: Array, weights: Array, state: State, key: Array | None, numbers: dict
-    ) -> tuple[Any, Array]:
-        deltas, finite = _rows(models, base)
-        settings: Settings = {**numbers, **dict(static)}
-        draws = engine.draws_of(key, None)
-        return rule.rounds[place].statistics(deltas, weights, state, draws, base, settings), finite
-
-    return jax.jit(program)
 
 
 def _split(rule: Rule, settings: dict[str, Any]) -> tuple[tuple[tuple[str, Any], ...], dict[str, Any]]:

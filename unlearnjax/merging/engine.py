@@ -40,6 +40,32 @@ def run(
         The merged leaves, each in its leaf's dtype.
     """
     parts = [None] * len(leaves) if parts is None else parts
+    dtypes = [leaf.dtype for leaf in leaves]
+    merged = _run(rule, [widened(x) for x in leaves], weights, starts, keys, bases, settings, stacked, reduce, parts)
+    return [x.astype(dtype) for x, dtype in zip(merged, dtypes, strict=True)]
+
+
+def widened(leaf: Float[Array, "N ..."]) -> Float32[Array, "N ..."]:
+    """The leaf in float32. On a CPU it is written out: LLVM does not vectorise comparisons of 16-bit loads, and what
+    follows would be five to ten times slower than the copy."""
+    if leaf.dtype == jnp.float32:
+        return leaf
+    wide = lambda x: x.astype(jnp.float32)  # noqa: E731
+    return jax.lax.platform_dependent(leaf, cpu=lambda x: jax.lax.optimization_barrier(wide(x)), default=wide)
+
+
+def _run(
+    rule: Rule,
+    leaves: Sequence[Float32[Array, "N ..."]],
+    weights: Float32[Array, "N"],
+    starts: Sequence[State],
+    keys: Sequence[Array | None],
+    bases: Sequence[Array | None],
+    settings: Settings,
+    stacked: int,
+    reduce: Callable[[Any], Any],
+    parts: Sequence[Part | None],
+) -> list[Float32[Array, "..."]]:
     if rule.scope == "leaf":
         return [
             _leaf(rule, leaf, weights, start, key, base, settings, stacked, reduce, part)
@@ -57,7 +83,7 @@ def run(
         def tensor(deltas: Array, key: Array | None, base: Array | None) -> Float32[Array, "..."]:
             return rule.combine(deltas, weights, state, draws_of(key, part), base, settings)
 
-        return _stacked(tensor, stacked, leaf, key, base).astype(leaf.dtype)
+        return _stacked(tensor, stacked, leaf, key, base)
 
     return [merged(*member) for member in members]
 
@@ -83,13 +109,15 @@ def _leaf(
         state = _rounds(rule, start, settings, own_partials)
         return rule.combine(deltas, weights, state, draws, base, settings)
 
-    return _stacked(tensor, stacked, leaf, key, base).astype(leaf.dtype)
+    return _stacked(tensor, stacked, leaf, key, base)
 
 
 def _rounds(rule: Rule, state: State, settings: Settings, partials: Callable[[Round, State], Any]) -> State:
     for round_ in rule.rounds:
 
         def step(state: State, round_: Round = round_) -> State:
+            if round_.before is not None:
+                state = step(state, round_.before)
             return round_.update(state, partials(round_, state), settings)
 
         def unfinished(state: State, round_: Round = round_) -> Bool[Array, ""]:

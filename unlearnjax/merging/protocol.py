@@ -114,12 +114,13 @@ class Properties(NamedTuple):
 
 
 class Round(NamedTuple):
-    """One pass over the data, or passes of the same kind until a condition holds.
+    """One pass over the data, or passes until a condition holds.
 
     statistics: (deltas[N, ...], weights[N], state, draws or None, base leaf or None, settings) -> partials, a pytree of
         arrays that reduce by sum.
     update: (state, summed partials, settings) -> state of the same structure, shapes and dtypes.
     until: (state) -> bool []; None: one pass. Where it holds before the first pass, there is none.
+    before: a round that goes before each of the passes.
     """
 
     statistics: Callable[
@@ -127,6 +128,7 @@ class Round(NamedTuple):
     ]
     update: Callable[[State, Any, Settings], State]
     until: Callable[[State], Bool[Array, ""]] | None = None
+    before: "Round | None" = None
 
 
 def rounds_on(field: str, rounds: tuple[Round, ...]) -> tuple[Round, ...]:
@@ -139,8 +141,13 @@ def rounds_on(field: str, rounds: tuple[Round, ...]) -> tuple[Round, ...]:
         def update(state: Any, partials: Any, settings: Settings) -> Any:
             return state._replace(**{field: inner.update(getattr(state, field), partials, settings)})
 
-        until = inner.until
-        return Round(statistics, update, None if until is None else lambda state: until(getattr(state, field)))
+        until, before = inner.until, inner.before
+        return Round(
+            statistics,
+            update,
+            None if until is None else lambda state: until(getattr(state, field)),
+            None if before is None else lifted(before),
+        )
 
     return tuple(lifted(inner) for inner in rounds)
 

@@ -131,12 +131,13 @@ def _sample_band(
     draws: Draws | None,
     base: Array | None,
     settings: Settings,
-) -> threshold.Sample:
-    return threshold.sample(deltas)
+) -> tuple[threshold.Sample, threshold.Sample]:
+    return threshold.sample(deltas, state.outer.search), threshold.sample(deltas, state.inner.search)
 
 
-def _aim_band(state: Band, found: threshold.Sample, settings: Settings) -> Band:
-    return Band(*(t._replace(search=threshold.aim(t.search, found, t.keep)) for t in state))
+def _aim_band(state: Band, found: tuple[threshold.Sample, threshold.Sample], settings: Settings) -> Band:
+    pairs = zip(state, found, strict=True)
+    return Band(*(t._replace(search=threshold.aim(t.search, own, t.keep)) for t, own in pairs))
 
 
 def _count_band(
@@ -177,5 +178,5 @@ INSIDE = Sparsifier(
     _inside,
     (DENSITY, GAMMA),
     _start_band,
-    (Round(_sample_band, _aim_band), Round(_count_band, _narrow_band, until=_band_done)),
+    (Round(_count_band, _narrow_band, until=_band_done, before=Round(_sample_band, _aim_band)),),
 )

@@ -48,7 +48,7 @@ def _sample(
     base: Array | None,
     settings: Settings,
 ) -> threshold.Sample:
-    return threshold.sample(deltas)
+    return threshold.sample(deltas, state.search)
 
 
 def _aim(state: Trim, found: threshold.Sample, settings: Settings) -> Trim:
@@ -74,7 +74,7 @@ def _done(state: Trim) -> Bool[Array, ""]:
     return jnp.all(threshold.done(state.search, state.keep))
 
 
-ROUNDS = (Round(_sample, _aim), Round(_count, _narrow, until=_done))
+ROUNDS = (Round(_count, _narrow, until=_done, before=Round(_sample, _aim)),)
 
 
 def reaches(deltas: Float[Array, "N ..."], state: Trim) -> list[Bool[Array, "..."]]:

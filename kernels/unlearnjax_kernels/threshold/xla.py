@@ -1,15 +1,19 @@
 """The k-th largest magnitude in XLA: a sample says where to look, passes that count close in on it.
 
 Patterns of non-negative floats are ordered as the floats are, so the search is over integers. Its state is a bracket:
-`count(pattern >= low) >= k > count(pattern >= high)`. A first, cheap pass takes a histogram of a sample and aims
-`PIVOTS` patterns around the place of the k-th; every pass after it counts how many magnitudes reach each pivot, and the
-bracket shrinks to two neighbouring pivots. Inside it the entries are taken to be spread evenly, so the next pivots sit
-around the interpolated place at distances of the standard error: a bracket of n entries shrinks to about sqrt(n). Four
-passes do for millions of entries. Where they lie otherwise (ties, mostly) and a pass shrank the bracket to no less than
-a quarter, the next one cuts it evenly, so there are never more than a few dozen.
+`count(pattern >= low) >= k > count(pattern >= high)`. Every pass counts how many magnitudes reach each of `PIVOTS`
+patterns inside the bracket, and the bracket shrinks to two neighbouring ones. They are chosen so that it shrinks fast:
 
-The sample only aims; what decides are exact counts. They add, so the same passes serve one array, a tree of arrays, the
-chunks of a stream and the shards of a mesh (psum). Nothing is sorted, copied or rounded.
+- first, around the quantile of a sample of 16384 entries, at distances of its standard error;
+- then, if the entries in the bracket are spread evenly, the k-th is where interpolation says, up to another standard
+  error: a bracket of n entries shrinks to about sqrt(n). Two pivots assume that.
+- If many entries are equal, as the differences of bfloat16 weights are, it is not. The other two pivots are then the
+  edges of the bin, of 4096 that cut the bracket, in which the sample has its quantile: twice, and they hold one value.
+- Where a pass shrank the bracket little all the same, the next one cuts it evenly.
+
+Four or five passes do for millions of entries. The sample only aims; what decides are exact counts. They add, so the
+same passes serve one array, a tree of arrays, the chunks of a stream and the shards of a mesh (psum). Nothing is
+sorted, copied or rounded.
 """
 
 import functools
@@ -27,11 +31,14 @@ from unlearnjax_kernels.threshold.limbs import at_least, carry, sign, to_float, 
 MAX_LEAF = 2**31 - 1  # entries per candidate that one int32 count can hold
 PIVOTS = 4
 NOTHING = 0x7FFFFFFF  # above the pattern of every number
-_OFFSETS = np.array([[-1.5, -0.4, 0.4, 1.5]], np.float32)  # in standard errors: 3 to 5 passes, fewest of those tried
+_FIRST = np.array([[-3.0, -0.6, 0.6, 3.0]], np.float32)  # in standard errors
+_LATER = np.array([[-2.5, -0.8, 0.8, 2.5]], np.float32)
 _EVENLY = np.array([[0.2, 0.4, 0.6, 0.8]], np.float32)
-_BIN_BITS = 19  # a bin of the sample's histogram: the exponent and four bits of the mantissa
-_BINS = 1 << (31 - _BIN_BITS)
-_SAMPLE = 16384
+_BINS = 4096
+_SAMPLE = 16384  # entries, at least
+_SEEN = 8  # of them in the bracket, from which its bins mean something
+_FEW = 64
+_MANY = 0.2  # of those, in one bin of 4096: entries that are equal
 _ROWS = 16  # rows whose hits are added up in one byte per pivot, vectorised, before they are summed
 _BLOCKED = 1 << 16  # entries from which that pays
 
@@ -52,20 +59,18 @@ class Search(NamedTuple):
     pivots: UInt32[Array, "N P"]
     """What the next pass compares with."""
     evenly: Bool[Array, "N"]
-    """Whether they cut the bracket evenly."""
-    coarse: Bool[Array, "N"]
-    """Whether the entries seem to be bfloat16 numbers, whose patterns are multiples of 2**16."""
+    """Whether they are to cut the bracket evenly."""
 
 
 class Sample(NamedTuple):
-    """What a sample of the entries says; adds over leaves, chunks and shards."""
+    """What a sample of the entries says of the bracket; adds over leaves, chunks and shards."""
 
     histogram: Float32[Array, "N bins"]
-    """About how many entries there are in each bin."""
+    """About how many entries there are in each of its bins."""
+    seen: Float32[Array, "N"]
+    """How many of the sampled entries lie in it."""
     spread: Float32[Array, ""]
     """The sum of stride * size: what the variance of a share is in proportion to."""
-    fine: Float32[Array, "N"]
-    """How many of the sampled entries are no bfloat16 numbers."""
 
 
 def magnitude_bits(x: Float[Array, "..."]) -> UInt32[Array, "..."]:
@@ -81,55 +86,93 @@ def search(candidates: int, size: int) -> Search:
     low = jnp.zeros(candidates, jnp.uint32)
     total = jnp.broadcast_to(to_limbs(size), (candidates, 2))
     pivots = jnp.zeros((candidates, PIVOTS), jnp.uint32)
-    no = jnp.zeros(candidates, bool)
-    return Search(low, low + jnp.uint32(NOTHING + 1), total, jnp.zeros_like(total), pivots, no, no)
+    return Search(low, low + jnp.uint32(NOTHING + 1), total, jnp.zeros_like(total), pivots, jnp.zeros(candidates, bool))
 
 
-def sample(x: Float[Array, "N ..."]) -> Sample:
+def _shift(state: Search) -> UInt32[Array, "N"]:
+    """A bin of the bracket is 2**shift patterns wide."""
+    width = jnp.maximum(state.high - state.low, jnp.uint32(1)) - jnp.uint32(1)
+    return jnp.maximum(jnp.uint32(32) - jax.lax.clz(width), jnp.uint32(12)) - jnp.uint32(12)
+
+
+def sample(x: Float[Array, "N ..."], state: Search) -> Sample:
     """One leaf's sample, with a stride along each axis: no reshape, which would undo a sharding."""
     size = x.size // max(x.shape[0], 1)
     strides, wanted = [], max(size // _SAMPLE, 1)
     for place, dim in enumerate(x.shape[1:]):
         strides.append(max(min(round(wanted ** (1 / (len(x.shape) - 1 - place))), dim), 1))
         wanted = max(wanted // strides[-1], 1)
-    stride = math.prod(strides)
+    places = tuple(slice(None, None, stride) for stride in strides)
+    shift = _shift(state)
 
-    def one(row: Float[Array, "..."]) -> tuple[Float32[Array, "bins"], Float32[Array, ""]]:
-        part = magnitude_bits(row[tuple(slice(None, None, s) for s in strides)]).reshape(-1)
-        bins = (part >> jnp.uint32(_BIN_BITS)).astype(jnp.int32)
-        histogram = jnp.zeros(_BINS, jnp.float32).at[bins].add(jnp.float32(size / max(part.size, 1)))
-        return histogram, jnp.sum((part & jnp.uint32(0xFFFF)) != 0, dtype=jnp.float32)
+    def one(i: int) -> tuple[Float32[Array, "bins"], Float32[Array, ""]]:
+        part = magnitude_bits(x[i][places]).reshape(-1)
+        inside = (part >= state.low[i]) & (part < state.high[i])
+        bins = jnp.where(inside, (part - state.low[i]) >> shift[i], jnp.uint32(_BINS)).astype(jnp.int32)
+        weight = jnp.float32(size / max(part.size, 1))
+        histogram = jnp.zeros(_BINS, jnp.float32).at[bins].add(weight, mode="drop")
+        return histogram, jnp.sum(inside, dtype=jnp.float32)
 
-    found = [one(x[i]) for i in range(x.shape[0])]
-    histograms, fine = (jnp.stack(parts) for parts in zip(*found, strict=True))
-    return Sample(histograms, jnp.float32(stride * size), fine)
+    histograms, seen = (jnp.stack(parts) for parts in zip(*map(one, range(x.shape[0])), strict=True))
+    return Sample(histograms, seen, jnp.float32(math.prod(strides) * size))
 
 
 def aim(state: Search, found: Sample, k: Int32[Array, "N 2"]) -> Search:
-    """The search with its first pivots, given the sample summed over everything and k in limbs."""
-    size, rank = to_float(state.at_low), to_float(k)
-    share = rank / jnp.maximum(size, 1)
-    # No less than one stride's entries, else a k at an end would be aimed at with certainty.
-    error = jnp.sqrt(jnp.maximum(share * (1 - share), 1 / jnp.maximum(size, 1)) * found.spread)
-    ranks = jnp.clip(rank[:, None] - _OFFSETS * error[:, None], 0.5, jnp.maximum(size, 1)[:, None] - 0.5)
-    reach = jnp.cumsum(found.histogram[:, ::-1], axis=1)[:, ::-1]  # entries in this bin and above
-    place = jnp.sum(reach[:, None, :] >= ranks[:, :, None], axis=-1, dtype=jnp.int32) - 1
-    place = jnp.clip(place, 0, _BINS - 1)
-    inside = jnp.take_along_axis(reach, place, axis=1) - ranks
-    width = jnp.maximum(jnp.take_along_axis(found.histogram, place, axis=1), jnp.float32(1e-6))
-    part = jnp.clip(inside / width, 0.0, 0.999) * jnp.float32(1 << _BIN_BITS)
-    pivots = (place.astype(jnp.uint32) << jnp.uint32(_BIN_BITS)) + part.astype(jnp.uint32)
-    coarse = found.fine == 0
-    pivots = jnp.where(coarse[:, None], _to_coarse(pivots), pivots)
-    state = state._replace(pivots=jnp.clip(pivots, 1, NOTHING), coarse=coarse)
+    """The search with the pivots of its next pass, given the sample summed over everything and k in limbs."""
     # k = 0 keeps nothing: there is nothing to search.
-    none = sign(k) <= 0
-    return state._replace(low=jnp.where(none, jnp.uint32(NOTHING), state.low))
+    low = jnp.where(sign(k) <= 0, jnp.uint32(NOTHING), state.low)
+    state = state._replace(low=low)
+    entries = jnp.maximum(to_float(state.at_low - state.at_high), 1)
+    wanted = to_float(k - state.at_high)
+    share = jnp.clip(wanted / entries, 0.0, 1.0)
+    reach = jnp.cumsum(found.histogram[:, ::-1], axis=1)[:, ::-1]  # sampled entries in this bin and above
+    first = state.high - state.low > jnp.uint32(NOTHING)
+
+    error = jnp.sqrt(jnp.maximum(share * (1 - share), 1 / entries) * found.spread)
+    ranks = jnp.clip(wanted[:, None] - _FIRST * error[:, None], 0.5, entries[:, None] - 0.5)
+    quantiles = _quantiles(state, found, reach, ranks * (reach[:, :1] / entries[:, None]))
+
+    middle = _quantiles(state, found, reach, (share * reach[:, 0])[:, None], inside=False)
+    edges = jnp.concatenate([middle, middle + (jnp.uint32(1) << _shift(state))[:, None]], axis=1)
+    error = jnp.sqrt(jnp.maximum(share * (1 - share), 1 / entries) / entries)
+    around = _at(state, 1 - share[:, None] + _LATER * error[:, None])
+    held = jnp.max(jnp.where(_bins() == _bin(reach, (share * reach[:, 0])[:, None]), found.histogram, 0.0), axis=1)
+    equal = (found.seen >= _SEEN) & (held >= _MANY * reach[:, 0])
+    later = jnp.concatenate([jnp.where(equal[:, None], edges, around[:, ::3]), around[:, 1:3]], axis=1)
+
+    pivots = jnp.where(first[:, None], quantiles, jnp.where(state.evenly[:, None], _at(state, _EVENLY), later))
+    last = jnp.maximum(state.high, jnp.uint32(1)) - jnp.uint32(1)
+    return state._replace(pivots=jnp.clip(pivots, jnp.minimum(low + jnp.uint32(1), last)[:, None], last[:, None]))
 
 
-def _to_coarse(pattern: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """The nearest multiple of 2**16."""
-    return (pattern + jnp.uint32(0x8000)) & jnp.uint32(0xFFFF0000)
+def _bins() -> Int32[Array, "1 bins"]:
+    return jnp.arange(_BINS, dtype=jnp.int32)[None]
+
+
+def _bin(reach: Float32[Array, "N bins"], ranks: Float32[Array, "N Q"]) -> Int32[Array, "N Q"]:
+    """The highest bin that so many of the sampled entries reach."""
+    place = jnp.sum(reach[:, None, :] >= ranks[:, :, None], axis=-1, dtype=jnp.int32) - 1
+    return jnp.clip(place, 0, _BINS - 1)
+
+
+def _quantiles(
+    state: Search, found: Sample, reach: Float32[Array, "N bins"], ranks: Float32[Array, "N Q"], inside: bool = True
+) -> UInt32[Array, "N Q"]:
+    """Where so many of the sampled entries are reached: the bin's lower edge, or a place inside it."""
+    place = _bin(reach, ranks)
+    shift = _shift(state)[:, None]
+    edge = state.low[:, None] + (place.astype(jnp.uint32) << shift)
+    if not inside:
+        return edge
+    held = jnp.maximum(jnp.take_along_axis(found.histogram, place, axis=1), jnp.float32(1e-6))
+    part = jnp.clip((jnp.take_along_axis(reach, place, axis=1) - ranks) / held, 0.0, 0.999)
+    return edge + (part * (jnp.uint32(1) << shift).astype(jnp.float32)).astype(jnp.uint32)
+
+
+def _at(state: Search, places: Float32[Array, "_ P"] | np.ndarray) -> UInt32[Array, "N P"]:
+    """The patterns at these shares of the bracket's width."""
+    width = (state.high - state.low)[:, None].astype(jnp.float32)
+    return state.low[:, None] + (jnp.clip(places, 0.0, 1.0) * width).astype(jnp.uint32)
 
 
 def count(x: Float[Array, "N ..."], state: Search) -> Int32[Array, "N P 2"]:
@@ -194,12 +237,14 @@ def narrow(state: Search, counts: Int32[Array, "N P 2"], k: Int32[Array, "N 2"])
     highs = jnp.concatenate([state.high[:, None], jnp.where(reach, jnp.uint32(NOTHING + 1), state.pivots)], axis=1)
     low, at_low = _pick(jnp.argmax(lows, axis=1), lows, state.at_low, counts)
     high, at_high = _pick(jnp.argmin(highs, axis=1), highs, state.at_high, counts)
-    before, after = to_float(state.at_low - state.at_high), to_float(at_low - at_high)
-    evenly = ~state.evenly & (after * 4 > before)
+    entries = to_float(at_low - at_high)
+    slow = entries * 4 > to_float(state.at_low - state.at_high)
+    narrower = (state.high - state.low) >> jnp.uint32(4) > high - low
+    # A few equal entries that the sample does not see can only be found by halving, so to speak.
+    evenly = slow & ~narrower & (~state.evenly | (entries <= _FEW))
     finished = done(state, k)
     low, at_low = jnp.where(finished, state.low, low), jnp.where(finished[:, None], state.at_low, at_low)
-    state = state._replace(low=low, high=high, at_low=at_low, at_high=at_high, evenly=evenly)
-    return state._replace(pivots=_next_pivots(state, k))
+    return state._replace(low=low, high=high, at_low=at_low, at_high=at_high, evenly=evenly)
 
 
 def _pick(
@@ -210,37 +255,9 @@ def _pick(
     return chosen, jnp.take_along_axis(counts, place[:, None, None], axis=1)[:, 0]
 
 
-def _next_pivots(state: Search, k: Int32[Array, "N 2"]) -> UInt32[Array, "N P"]:
-    width = (state.high - state.low)[:, None]
-    entries = jnp.maximum(to_float(state.at_low - state.at_high), 1)
-    share = to_float(state.at_low - k) / entries
-    error = jnp.sqrt(jnp.maximum(share * (1 - share), 1 / entries) / entries)
-    places = jnp.where(state.evenly[:, None], _EVENLY, share[:, None] + _OFFSETS * error[:, None])
-    steps = (jnp.clip(places, 0.0, 1.0) * width.astype(jnp.float32)).astype(jnp.uint32)
-    steps = jnp.clip(steps, jnp.uint32(1), jnp.maximum(width - jnp.uint32(1), jnp.uint32(1)))
-    pivots = state.low[:, None] + steps
-    # All entries between two multiples of 2**16 are at the lower one: a pivot just above it settles that.
-    rounded = jnp.where(width > jnp.uint32(0x10000), _to_coarse(pivots), pivots)
-    rounded = jnp.concatenate([state.low[:, None] + jnp.uint32(1), rounded[:, 1:]], axis=1)
-    return jnp.where(state.coarse[:, None], rounded, pivots)
-
-
 def done(state: Search, k: Int32[Array, "N 2"]) -> Bool[Array, "N"]:
     """Whether `low` keeps what the k-th largest magnitude itself would keep."""
     return (sign(state.at_low - k) <= 0) | (state.high - state.low <= jnp.uint32(1))
-
-
-def solve(
-    state: Search,
-    k: Int32[Array, "N 2"],
-    sampled: Callable[[], Sample],
-    counted: Callable[[Search], Int32[Array, "N P 2"]],
-) -> Search:
-    """All passes: `sampled` and `counted` go over the data."""
-    state = aim(state, sampled(), k)
-    return jax.lax.while_loop(
-        lambda state: ~jnp.all(done(state, k)), lambda state: narrow(state, counted(state), k), state
-    )
 
 
 def kth_magnitude(
@@ -263,12 +280,11 @@ def _all_passes(leaves: list[Float[Array, "N ..."]], k: Int32[Array, "2"], hits:
             total = add(total, statistic(leaf))
         return total
 
-    state = solve(
-        search(candidates, size),
-        keep,
-        lambda: over(sample),
-        lambda state: over(lambda leaf: to_limbs(hits(leaf, state.pivots))),
-    )
+    def one_pass(state: Search) -> Search:
+        state = aim(state, over(lambda leaf: sample(leaf, state)), keep)
+        return narrow(state, over(lambda leaf: to_limbs(hits(leaf, state.pivots))), keep)
+
+    state = jax.lax.while_loop(lambda state: ~jnp.all(done(state, keep)), one_pass, search(candidates, size))
     # The search stops as soon as its threshold keeps the right entries: the smallest of them is the k-th.
     smallest = [jnp.stack([_smallest(leaf[i], state.low[i]) for leaf in leaves]).min() for i in range(candidates)]
     return jnp.where(at_least(to_limbs(size)[None], keep), jnp.stack(smallest), jnp.uint32(0))
