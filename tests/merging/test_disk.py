@@ -154,7 +154,8 @@ def test_a_dry_run_reads_nothing_and_prints_the_plan(folders, tmp_path, capsys, 
     printed = capsys.readouterr().out
     size = sum(x.nbytes // 2 for x in tensors(folders / "base").values())
     assert (
-        f"read:    {8 * 3 * size / 1e9:.3f} GB (about 8 times" in printed and f"written: {size / 1e9:.3f} GB" in printed
+        f"read:    {12 * 3 * size / 1e9:.3f} GB (about 12 times" in printed
+        and f"written: {size / 1e9:.3f} GB" in printed
     )
 
 

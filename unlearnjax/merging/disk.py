@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 from unlearnjax.errors import UserError, check_known
 from unlearnjax.io.huggingface import check_dtype, read_json, resolve
@@ -214,19 +214,19 @@ class Merger:
     def _rounds(
         self, job: pieces.Job, state: State, data: Callable[[], Iterable[tuple[pieces.Job, Array, Piece]]]
     ) -> State:
-        def through(state: State, place: int, before: bool) -> State:
+        def through(state: State, place: int, before: bool) -> tuple[State, Bool[Array, ""] | None]:
             total = None
             for own, deltas, piece in data():
-                total = pieces.add(total, pieces.partials(own, place, before, deltas, piece, state))
+                total = pieces.partials(own, place, before, deltas, piece, state, total)
             return pieces.update(job, place, before, state, total)
 
         for place, round_ in enumerate(self.plan.rule.rounds):
-            while round_.until is None or not pieces.finished(job, place, state):
+            finished = round_.until is not None and pieces.finished(job, place, state)
+            while not finished:
                 if round_.before is not None:
-                    state = through(state, place, True)
-                state = through(state, place, False)
-                if round_.until is None:
-                    break
+                    state, _ = through(state, place, True)
+                state, done = through(state, place, False)
+                finished = done is None or bool(done)
         return state
 
     def _search(self) -> State:

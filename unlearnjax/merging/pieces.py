@@ -84,14 +84,15 @@ def deltas_of(piece: Piece) -> tuple[Float32[Array, "N ..."], Bool[Array, "N+1"]
     return _deltas(piece.base, piece.models)
 
 
-def partials(job: Job, place: int, before: bool, deltas: Array, piece: Piece, state: State) -> Any:
-    """The statistics of round `place`, or of the one before its passes."""
+def partials(job: Job, place: int, before: bool, deltas: Array, piece: Piece, state: State, total: Any) -> Any:
+    """The statistics of round `place`, or of the one before its passes, added to `total` (None: nothing yet)."""
     program = _statistics(job.rule, place, before, job.static)
-    return program(deltas, job.weights, state, job.key, _start(piece), piece.base, job.numbers)
+    return program(total, deltas, job.weights, state, job.key, _start(piece), piece.base, job.numbers)
 
 
-def update(job: Job, place: int, before: bool, state: State, found: Any) -> State:
-    """The state after a pass whose statistics have been added up."""
+def update(job: Job, place: int, before: bool, state: State, found: Any) -> tuple[State, Bool[Array, ""] | None]:
+    """The state after a pass whose statistics have been added up, and whether the round then needs no more (None: it
+    is a single pass)."""
     return _update(job.rule, place, before, job.static)(state, found, job.numbers)
 
 
@@ -110,14 +111,6 @@ def merged(job: Job, piece: Piece, state: State) -> tuple[Array, Array]:
     """`combined` from the piece itself, in one program; and which of base and models are finite in it."""
     program = _whole(job.rule, job.static, job.dtype)
     return program(piece.models, job.weights, state, job.key, _start(piece), piece.base, job.numbers, job.factor)
-
-
-def add(total: Any, found: Any) -> Any:
-    """Partials together; None is nothing yet."""
-    return found if total is None else _add(total, found)
-
-
-_add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
 
 
 def _formed(base: Array, models: Sequence[Array]) -> tuple[Float32[Array, "N ..."], Array]:
@@ -148,10 +141,12 @@ def _round(rule: Rule, place: int, before: bool) -> Round:
 @functools.lru_cache(maxsize=64)
 def _statistics(rule: Rule, place: int, before: bool, static: Static) -> Any:
     def program(
-        deltas: Array, weights: Array, state: State, key: Array | None, start: Array | None, base: Array, numbers: dict
-    ) -> Any:
+        total: Any, deltas: Array, weights: Array, state: State, key: Array | None, start: Array | None, base: Array,
+        numbers: dict,
+    ) -> Any:  # fmt: skip
         settings = {**numbers, **dict(static)}
-        return _round(rule, place, before).statistics(deltas, weights, state, _draws(key, start), base, settings)
+        found = _round(rule, place, before).statistics(deltas, weights, state, _draws(key, start), base, settings)
+        return found if total is None else jax.tree.map(jnp.add, total, found)
 
     return jax.jit(program)
 
@@ -159,7 +154,12 @@ def _statistics(rule: Rule, place: int, before: bool, static: Static) -> Any:
 @functools.lru_cache(maxsize=64)
 def _update(rule: Rule, place: int, before: bool, static: Static) -> Any:
     own = _round(rule, place, before)
-    return jax.jit(lambda state, found, numbers: own.update(state, found, {**numbers, **dict(static)}))
+
+    def program(state: State, found: Any, numbers: dict) -> tuple[State, Bool[Array, ""] | None]:
+        state = own.update(state, found, {**numbers, **dict(static)})
+        return state, None if own.until is None else own.until(state)
+
+    return jax.jit(program)
 
 
 @functools.lru_cache(maxsize=64)

@@ -8,6 +8,7 @@ JAX array (traced or not) is float32: its k may differ by about 6e-8 * size.
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int32
 from unlearnjax_kernels.threshold import api as threshold
 
@@ -37,7 +38,8 @@ def keep_count(density: float | Float32[Array, ""], size: int, extra: int = 0) -
 
 def start(size: int, count: int, settings: Settings, extra: int = 0) -> Trim:
     keep = [keep_count(density, size, extra) for density in each(settings["density"], count)]
-    return Trim(jnp.stack(keep), threshold.search(count, size))
+    stack = np.stack if all(isinstance(x, np.ndarray) for x in keep) else jnp.stack
+    return Trim(stack(keep), threshold.search(count, size))  # type: ignore[arg-type]
 
 
 def _sample(

@@ -83,10 +83,12 @@ def magnitude_bits(x: Float[Array, "..."]) -> UInt32[Array, "..."]:
 
 def search(candidates: int, size: int) -> Search:
     """The search before its first pass: N candidates of `size` entries each."""
-    low = jnp.zeros(candidates, jnp.uint32)
-    total = jnp.broadcast_to(to_limbs(size), (candidates, 2))
-    pivots = jnp.zeros((candidates, PIVOTS), jnp.uint32)
-    return Search(low, low + jnp.uint32(NOTHING + 1), total, jnp.zeros_like(total), pivots, jnp.zeros(candidates, bool))
+    # In numpy: constants, for which no program is run.
+    low = np.zeros(candidates, np.uint32)
+    total = np.tile(to_limbs(size), (candidates, 1))
+    pivots = np.zeros((candidates, PIVOTS), np.uint32)
+    constants = (low, low + np.uint32(NOTHING + 1), total, np.zeros_like(total), pivots, np.zeros(candidates, bool))
+    return Search(*constants)  # type: ignore[arg-type]
 
 
 def _shift(state: Search) -> UInt32[Array, "N"]:
@@ -96,7 +98,50 @@ def _shift(state: Search) -> UInt32[Array, "N"]:
 
 
 def sample(x: Float[Array, "N ..."], state: Search) -> Sample:
-    """One leaf's sample, with a stride along each axis: no reshape, which would undo a sharding."""
+    """One leaf's sample of the bracket."""
+    size = x.size // max(x.shape[0], 1)
+    if size < _BLOCKED or jax.device_count() != 1:
+        return _strided(x, state)
+    rows = x if isinstance(x, jax.Array) else [x[i] for i in range(x.shape[0])]
+
+    def on_cpu(rows: Any, state: Search) -> Sample:
+        whole = jnp.any(state.high - state.low > jnp.uint32(NOTHING))
+        return jax.lax.cond(whole, lambda: _strided(x, state), lambda: _gathered(rows, state))
+
+    return jax.lax.platform_dependent(rows, state, cpu=on_cpu, default=lambda rows, state: _strided(x, state))
+
+
+def _gathered(x: Any, state: Search) -> Sample:
+    """For a CPU, once the bracket is small: nearly all of its entries, which is worth half a pass. Of the entries that
+    share a place in `_ROWS` rows the largest in the bracket is taken, elementwise."""
+    shift = _shift(state)
+
+    def one(
+        row: Float[Array, "..."], low: UInt32[Array, ""], high: UInt32[Array, ""], shift: UInt32[Array, ""]
+    ) -> tuple[Float32[Array, "bins"], Float32[Array, ""]]:
+        flat = row.reshape(-1)
+        width = flat.size // _ROWS
+        first, last = (jax.lax.bitcast_convert_type(x, jnp.int32) for x in (low, high - jnp.uint32(1)))
+        found = jnp.full(width, -1, jnp.int32)
+        for start in range(0, _ROWS * width, width):
+            part = jax.lax.slice(flat, (start,), (start + width,))
+            bits = jax.lax.bitcast_convert_type(magnitude_bits(part), jnp.int32)
+            found = jnp.maximum(found, jnp.where((bits >= first) & (bits <= last), bits - first, jnp.int32(-1)))
+        found = jax.lax.optimization_barrier(found)
+        bins = jnp.where(found < 0, jnp.int32(_BINS), found >> shift.astype(jnp.int32))
+        histogram = jnp.zeros(_BINS, jnp.float32).at[bins].add(jnp.float32(1), mode="drop")
+        return histogram, jnp.sum(found >= 0, dtype=jnp.float32)
+
+    if isinstance(x, list):
+        pairs = [one(row, state.low[i], state.high[i], shift[i]) for i, row in enumerate(x)]
+        histograms, seen = (jnp.stack(parts) for parts in zip(*pairs, strict=True))
+    else:
+        histograms, seen = jax.lax.map(lambda item: one(*item), (x, state.low, state.high, shift))
+    return Sample(histograms, seen, jnp.float32(0))
+
+
+def _strided(x: Float[Array, "N ..."], state: Search) -> Sample:
+    """With a stride along each axis: no reshape, which would undo a sharding."""
     size = x.size // max(x.shape[0], 1)
     strides, wanted = [], max(size // _SAMPLE, 1)
     for place, dim in enumerate(x.shape[1:]):
@@ -125,20 +170,30 @@ def aim(state: Search, found: Sample, k: Int32[Array, "N 2"]) -> Search:
     entries = jnp.maximum(to_float(state.at_low - state.at_high), 1)
     wanted = to_float(k - state.at_high)
     share = jnp.clip(wanted / entries, 0.0, 1.0)
-    reach = jnp.cumsum(found.histogram[:, ::-1], axis=1)[:, ::-1]  # sampled entries in this bin and above
+    # Entries in this bin and above. Ranks count from the largest, so zeros that fill up a piece do not matter.
+    reach = jnp.cumsum(found.histogram[:, ::-1], axis=1)[:, ::-1]
     first = state.high - state.low > jnp.uint32(NOTHING)
 
     error = jnp.sqrt(jnp.maximum(share * (1 - share), 1 / entries) * found.spread)
     ranks = jnp.clip(wanted[:, None] - _FIRST * error[:, None], 0.5, entries[:, None] - 0.5)
-    quantiles = _quantiles(state, found, reach, ranks * (reach[:, :1] / entries[:, None]))
+    quantiles = _quantiles(state, found, reach, ranks)
 
-    middle = _quantiles(state, found, reach, (share * reach[:, 0])[:, None], inside=False)
+    middle = _quantiles(state, found, reach, wanted[:, None], inside=False)
     edges = jnp.concatenate([middle, middle + (jnp.uint32(1) << _shift(state))[:, None]], axis=1)
     error = jnp.sqrt(jnp.maximum(share * (1 - share), 1 / entries) / entries)
     around = _at(state, 1 - share[:, None] + _LATER * error[:, None])
-    held = jnp.max(jnp.where(_bins() == _bin(reach, (share * reach[:, 0])[:, None]), found.histogram, 0.0), axis=1)
+    held = jnp.max(jnp.where(_bins() == _bin(reach, wanted[:, None]), found.histogram, 0.0), axis=1)
     equal = (found.seen >= _SEEN) & (held >= _MANY * reach[:, 0])
     later = jnp.concatenate([jnp.where(equal[:, None], edges, around[:, ::3]), around[:, 1:3]], axis=1)
+
+    # The sample is nearly all there is: the quantile's bin, and what the missing ones may move it by.
+    missing = jnp.maximum(entries - reach[:, 0], 0) + 1
+    ranks = jnp.stack([wanted + missing, wanted, wanted - missing], axis=1)
+    ranks = jnp.clip(ranks, 0.5, entries[:, None] - 0.5)
+    bins = _quantiles(state, found, reach, ranks, inside=False)
+    bin_width = (jnp.uint32(1) << _shift(state))[:, None]
+    nearly = jnp.concatenate([bins[:, :2], bins[:, 1:] + bin_width], axis=1)
+    later = jnp.where((found.seen * 1.25 >= entries)[:, None], nearly, later)
 
     pivots = jnp.where(first[:, None], quantiles, jnp.where(state.evenly[:, None], _at(state, _EVENLY), later))
     last = jnp.maximum(state.high, jnp.uint32(1)) - jnp.uint32(1)
