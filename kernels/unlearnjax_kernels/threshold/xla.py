@@ -40,6 +40,7 @@ _SEEN = 8  # of them in the bracket, from which its bins mean something
 _FEW = 64
 _MANY = 0.2  # of those, in one bin of 4096: entries that are equal
 _ROWS = 16  # rows whose hits are added up in one byte per pivot, vectorised, before they are summed
+_FOLDS = 8
 _BLOCKED = 1 << 16  # entries from which that pays
 
 
@@ -112,13 +113,16 @@ def sample(x: Float[Array, "N ..."], state: Search) -> Sample:
 
 
 def _gathered(x: Any, state: Search) -> Sample:
-    """For a CPU, once the bracket is small: nearly all of its entries, which is worth half a pass. Of the entries that
-    share a place in `_ROWS` rows the largest in the bracket is taken, elementwise."""
+    """For a CPU, once the bracket is small: nearly all of its entries where they are few, a good many where they are
+    not, which is worth half a pass. Of the entries that share a place in `_ROWS` rows the largest in the bracket is
+    taken, elementwise; then of `_FOLDS` of those the largest, if hardly any can meet there, or else the first."""
     shift = _shift(state)
+    entries = to_float(state.at_low - state.at_high)
 
-    def one(
-        row: Float[Array, "..."], low: UInt32[Array, ""], high: UInt32[Array, ""], shift: UInt32[Array, ""]
-    ) -> tuple[Float32[Array, "bins"], Float32[Array, ""]]:
+    few = entries * 16 <= x[0].size // (_ROWS * _FOLDS)
+
+    def largest(row: Float[Array, "..."], low: UInt32[Array, ""], high: UInt32[Array, ""]) -> Int32[Array, "W"]:
+        """Distances from the bracket's lower end, -1 where there is no entry."""
         flat = row.reshape(-1)
         width = flat.size // _ROWS
         first, last = (jax.lax.bitcast_convert_type(x, jnp.int32) for x in (low, high - jnp.uint32(1)))
@@ -127,16 +131,28 @@ def _gathered(x: Any, state: Search) -> Sample:
             part = jax.lax.slice(flat, (start,), (start + width,))
             bits = jax.lax.bitcast_convert_type(magnitude_bits(part), jnp.int32)
             found = jnp.maximum(found, jnp.where((bits >= first) & (bits <= last), bits - first, jnp.int32(-1)))
-        found = jax.lax.optimization_barrier(found)
+        return found
+
+    def folded(found: Int32[Array, "W"], few: Bool[Array, ""]) -> Int32[Array, "M"]:
+        width = found.size // _FOLDS
+        folds = [jax.lax.slice(found, (i * width,), (i * width + width,)) for i in range(_FOLDS)]
+        return jnp.where(few, functools.reduce(jnp.maximum, folds), folds[0])
+
+    def histogram(
+        found: Int32[Array, "M"], shift: UInt32[Array, ""], few: Bool[Array, ""]
+    ) -> tuple[Float32[Array, "bins"], Float32[Array, ""]]:
         bins = jnp.where(found < 0, jnp.int32(_BINS), found >> shift.astype(jnp.int32))
-        histogram = jnp.zeros(_BINS, jnp.float32).at[bins].add(jnp.float32(1), mode="drop")
-        return histogram, jnp.sum(found >= 0, dtype=jnp.float32)
+        weight = jnp.where(few, jnp.float32(1), jnp.float32(_FOLDS))
+        counts = jnp.zeros(_BINS, jnp.float32).at[bins].add(weight, mode="drop")
+        return counts, jnp.sum(found >= 0, dtype=jnp.float32)
 
     if isinstance(x, list):
-        pairs = [one(row, state.low[i], state.high[i], shift[i]) for i, row in enumerate(x)]
-        histograms, seen = (jnp.stack(parts) for parts in zip(*pairs, strict=True))
+        found = jnp.stack([largest(row, state.low[i], state.high[i]) for i, row in enumerate(x)])
     else:
-        histograms, seen = jax.lax.map(lambda item: one(*item), (x, state.low, state.high, shift))
+        found = jax.lax.map(lambda item: largest(*item), (x, state.low, state.high))
+    # Loops of their own: fused with what follows, all that leads to an entry would be computed once for each use.
+    found = jax.lax.map(lambda item: folded(*item), (found, few))
+    histograms, seen = jax.lax.map(lambda item: histogram(*item), (found, shift, few))
     return Sample(histograms, seen, jnp.float32(0))
 
 
