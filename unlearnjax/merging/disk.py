@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
@@ -201,7 +202,7 @@ class Merger:
         held, finites = [], []
         for piece in reads:
             deltas, finite = pieces.deltas_of(piece)
-            held.append((deltas, piece._replace(models=[])))
+            held.append((deltas, piece._replace(base=jnp.asarray(piece.base), models=[])))
             finites.append(finite)
         for finite in finites:
             self._check(tensor, finite)
@@ -257,7 +258,10 @@ class Merger:
         rule = self.plan.rule
         static, numbers = _split(rule, tensor.settings or {})
         key = self._key(tensor) if rule.needs_key else None
-        weights, factor = np.asarray(tensor.weights, np.float32), np.float32(self.plan.job.factor)
+        # On the device once, not for each of many calls.
+        weights, factor, numbers = jax.device_put(
+            (np.asarray(tensor.weights, np.float32), np.float32(self.plan.job.factor), numbers)
+        )
         return pieces.Job(rule, static, numbers, weights, key, factor, str(tensor.dtype))
 
     def _reads(self, tensors: Sequence[Tensor]) -> Iterator[Any]:

@@ -30,10 +30,10 @@ class Job(NamedTuple):
     rule: Rule
     static: Static
     """Flags and choices; numbers are traced."""
-    numbers: dict[str, np.ndarray]
-    weights: np.ndarray
+    numbers: dict[str, Array]
+    weights: Float32[Array, "N"]
     key: Array | None
-    factor: np.float32
+    factor: Float32[Array, ""]
     dtype: str
     """Of the result."""
 
@@ -45,7 +45,7 @@ class Piece(NamedTuple):
     """The place of the first entry; None: it is the whole tensor."""
     size: int
     """Entries that are not filling."""
-    base: np.ndarray
+    base: np.ndarray | Array
     models: list[np.ndarray]
 
 

@@ -41,6 +41,7 @@ _FEW = 64
 _MANY = 0.2  # of those, in one bin of 4096: entries that are equal
 _ROWS = 16  # rows whose hits are added up in one byte per pivot, vectorised, before they are summed
 _FOLDS = 8
+_FOLDED = 1 << 17
 _BLOCKED = 1 << 16  # entries from which that pays
 
 
@@ -115,11 +116,14 @@ def sample(x: Float[Array, "N ..."], state: Search) -> Sample:
 def _gathered(x: Any, state: Search) -> Sample:
     """For a CPU, once the bracket is small: nearly all of its entries where they are few, a good many where they are
     not, which is worth half a pass. Of the entries that share a place in `_ROWS` rows the largest in the bracket is
-    taken, elementwise; then of `_FOLDS` of those the largest, if hardly any can meet there, or else the first."""
+    taken, elementwise; then, of a large tensor, the largest of `_FOLDS` of those, if hardly any can meet there, or else
+    the first of them."""
     shift = _shift(state)
     entries = to_float(state.at_low - state.at_high)
 
-    few = entries * 16 <= x[0].size // (_ROWS * _FOLDS)
+    width = x[0].size // _ROWS
+    folds = _FOLDS if width >= _FOLDED else 1
+    few = entries * 16 <= width // folds
 
     def largest(row: Float[Array, "..."], low: UInt32[Array, ""], high: UInt32[Array, ""]) -> Int32[Array, "W"]:
         """Distances from the bracket's lower end, -1 where there is no entry."""
@@ -134,15 +138,15 @@ def _gathered(x: Any, state: Search) -> Sample:
         return found
 
     def folded(found: Int32[Array, "W"], few: Bool[Array, ""]) -> Int32[Array, "M"]:
-        width = found.size // _FOLDS
-        folds = [jax.lax.slice(found, (i * width,), (i * width + width,)) for i in range(_FOLDS)]
-        return jnp.where(few, functools.reduce(jnp.maximum, folds), folds[0])
+        part = found.size // folds
+        parts = [jax.lax.slice(found, (i * part,), (i * part + part,)) for i in range(folds)]
+        return jnp.where(few, functools.reduce(jnp.maximum, parts), parts[0])
 
     def histogram(
         found: Int32[Array, "M"], shift: UInt32[Array, ""], few: Bool[Array, ""]
     ) -> tuple[Float32[Array, "bins"], Float32[Array, ""]]:
         bins = jnp.where(found < 0, jnp.int32(_BINS), found >> shift.astype(jnp.int32))
-        weight = jnp.where(few, jnp.float32(1), jnp.float32(_FOLDS))
+        weight = jnp.where(few, jnp.float32(1), jnp.float32(folds))
         counts = jnp.zeros(_BINS, jnp.float32).at[bins].add(weight, mode="drop")
         return counts, jnp.sum(found >= 0, dtype=jnp.float32)
 
@@ -151,7 +155,8 @@ def _gathered(x: Any, state: Search) -> Sample:
     else:
         found = jax.lax.map(lambda item: largest(*item), (x, state.low, state.high))
     # Loops of their own: fused with what follows, all that leads to an entry would be computed once for each use.
-    found = jax.lax.map(lambda item: folded(*item), (found, few))
+    if folds > 1:
+        found = jax.lax.map(lambda item: folded(*item), (found, few))
     histograms, seen = jax.lax.map(lambda item: histogram(*item), (found, shift, few))
     return Sample(histograms, seen, jnp.float32(0))
 
