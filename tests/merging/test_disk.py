@@ -75,7 +75,10 @@ ELEMENTWISE = [
     (method, rule)
     for method, each in sorted(methods().items())
     for rule in each.rules
-    if rule.properties.elementwise and rule.least <= 3 and (rule.most is None or rule.most >= 3)
+    if rule.properties.elementwise
+    and (rule.rounds or rule.needs_key or method == "consensus")  # the others see an entry alone
+    and rule.least <= 3
+    and (rule.most is None or rule.most >= 3)
 ]
 
 

@@ -5,7 +5,7 @@ SMALL: dict[str, tuple[int, ...]] = {
     "vector": (2, 129),
     "odd matrix": (3, 7, 13),
     "layers": (8, 3, 16, 40),
-    "several blocks": (30, 24, 1024),
+    "several blocks": (8, 60, 1024),
 }
 
 LARGE: dict[str, tuple[int, ...]] = {

@@ -171,15 +171,14 @@ def _strided(x: Float[Array, "N ..."], state: Search) -> Sample:
     places = tuple(slice(None, None, stride) for stride in strides)
     shift = _shift(state)
 
-    def one(i: int) -> tuple[Float32[Array, "bins"], Float32[Array, ""]]:
-        part = magnitude_bits(x[i][places]).reshape(-1)
-        inside = (part >= state.low[i]) & (part < state.high[i])
-        bins = jnp.where(inside, (part - state.low[i]) >> shift[i], jnp.uint32(_BINS)).astype(jnp.int32)
-        weight = jnp.float32(size / max(part.size, 1))
-        histogram = jnp.zeros(_BINS, jnp.float32).at[bins].add(weight, mode="drop")
-        return histogram, jnp.sum(inside, dtype=jnp.float32)
-
-    histograms, seen = (jnp.stack(parts) for parts in zip(*map(one, range(x.shape[0])), strict=True))
+    parts = jnp.stack([magnitude_bits(x[i][places]).reshape(-1) for i in range(x.shape[0])])
+    low, high = state.low[:, None], state.high[:, None]
+    inside = (parts >= low) & (parts < high)
+    bins = jnp.where(inside, (parts - low) >> shift[:, None], jnp.uint32(_BINS)).astype(jnp.int32)
+    weight = jnp.float32(size / max(parts.shape[1], 1))
+    rows = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
+    histograms = jnp.zeros((x.shape[0], _BINS), jnp.float32).at[rows, bins].add(weight, mode="drop")
+    seen = jnp.sum(inside, axis=1, dtype=jnp.float32)
     return Sample(histograms, seen, jnp.float32(math.prod(strides) * size))
 
 
@@ -188,61 +187,38 @@ def aim(state: Search, found: Sample, k: Int32[Array, "N 2"]) -> Search:
     # k = 0 keeps nothing: there is nothing to search.
     low = jnp.where(sign(k) <= 0, jnp.uint32(NOTHING), state.low)
     state = state._replace(low=low)
-    entries = jnp.maximum(to_float(state.at_low - state.at_high), 1)
-    wanted = to_float(k - state.at_high)
+    entries = jnp.maximum(to_float(state.at_low - state.at_high), 1)[:, None]
+    wanted = to_float(k - state.at_high)[:, None]
     share = jnp.clip(wanted / entries, 0.0, 1.0)
+    variance = jnp.maximum(share * (1 - share), 1 / entries) / entries
     # Entries in this bin and above. Ranks count from the largest, so zeros that fill up a piece do not matter.
     reach = jnp.cumsum(found.histogram[:, ::-1], axis=1)[:, ::-1]
-    first = state.high - state.low > jnp.uint32(NOTHING)
+    missing = jnp.maximum(entries - reach[:, :1], 0) + 1
+    ranks = jnp.concatenate(
+        [wanted - _FIRST * jnp.sqrt(variance * entries * found.spread), wanted, wanted + missing, wanted - missing],
+        axis=1,
+    )
+    ranks = jnp.clip(ranks, 0.5, entries - 0.5)
+    place = jnp.clip(jnp.sum(reach[:, None, :] >= ranks[:, :, None], axis=-1, dtype=jnp.int32) - 1, 0, _BINS - 1)
+    held, at = (jnp.take_along_axis(x, place, axis=1) for x in (found.histogram, reach))
+    step = (jnp.uint32(1) << _shift(state))[:, None]
+    edges = state.low[:, None] + place.astype(jnp.uint32) * step
+    inside = jnp.clip((at - ranks) / jnp.maximum(held, jnp.float32(1e-6)), 0.0, 0.999) * step.astype(jnp.float32)
 
-    error = jnp.sqrt(jnp.maximum(share * (1 - share), 1 / entries) * found.spread)
-    ranks = jnp.clip(wanted[:, None] - _FIRST * error[:, None], 0.5, entries[:, None] - 0.5)
-    quantiles = _quantiles(state, found, reach, ranks)
-
-    middle = _quantiles(state, found, reach, wanted[:, None], inside=False)
-    edges = jnp.concatenate([middle, middle + (jnp.uint32(1) << _shift(state))[:, None]], axis=1)
-    error = jnp.sqrt(jnp.maximum(share * (1 - share), 1 / entries) / entries)
-    around = _at(state, 1 - share[:, None] + _LATER * error[:, None])
-    held = jnp.max(jnp.where(_bins() == _bin(reach, wanted[:, None]), found.histogram, 0.0), axis=1)
-    equal = (found.seen >= _SEEN) & (held >= _MANY * reach[:, 0])
-    later = jnp.concatenate([jnp.where(equal[:, None], edges, around[:, ::3]), around[:, 1:3]], axis=1)
-
+    first = (edges + inside.astype(jnp.uint32))[:, :PIVOTS]
+    quantile, above, below = (edges[:, i : i + 1] for i in (PIVOTS, PIVOTS + 1, PIVOTS + 2))
+    around = _at(state, 1 - share + _LATER * jnp.sqrt(variance))
+    equal = (found.seen >= _SEEN)[:, None] & (held[:, PIVOTS : PIVOTS + 1] >= _MANY * reach[:, :1])
+    outer = jnp.where(equal, jnp.concatenate([quantile, quantile + step], axis=1), around[:, ::3])
+    later = jnp.concatenate([outer, around[:, 1:3]], axis=1)
     # The sample is nearly all there is: the quantile's bin, and what the missing ones may move it by.
-    missing = jnp.maximum(entries - reach[:, 0], 0) + 1
-    ranks = jnp.stack([wanted + missing, wanted, wanted - missing], axis=1)
-    ranks = jnp.clip(ranks, 0.5, entries[:, None] - 0.5)
-    bins = _quantiles(state, found, reach, ranks, inside=False)
-    bin_width = (jnp.uint32(1) << _shift(state))[:, None]
-    nearly = jnp.concatenate([bins[:, :2], bins[:, 1:] + bin_width], axis=1)
-    later = jnp.where((found.seen * 1.25 >= entries)[:, None], nearly, later)
+    nearly = jnp.concatenate([above, quantile, quantile + step, below + step], axis=1)
+    later = jnp.where((found.seen[:, None] * 1.25) >= entries, nearly, later)
 
-    pivots = jnp.where(first[:, None], quantiles, jnp.where(state.evenly[:, None], _at(state, _EVENLY), later))
+    whole = (state.high - state.low > jnp.uint32(NOTHING))[:, None]
+    pivots = jnp.where(whole, first, jnp.where(state.evenly[:, None], _at(state, _EVENLY), later))
     last = jnp.maximum(state.high, jnp.uint32(1)) - jnp.uint32(1)
     return state._replace(pivots=jnp.clip(pivots, jnp.minimum(low + jnp.uint32(1), last)[:, None], last[:, None]))
-
-
-def _bins() -> Int32[Array, "1 bins"]:
-    return jnp.arange(_BINS, dtype=jnp.int32)[None]
-
-
-def _bin(reach: Float32[Array, "N bins"], ranks: Float32[Array, "N Q"]) -> Int32[Array, "N Q"]:
-    """The highest bin that so many of the sampled entries reach."""
-    place = jnp.sum(reach[:, None, :] >= ranks[:, :, None], axis=-1, dtype=jnp.int32) - 1
-    return jnp.clip(place, 0, _BINS - 1)
-
-
-def _quantiles(
-    state: Search, found: Sample, reach: Float32[Array, "N bins"], ranks: Float32[Array, "N Q"], inside: bool = True
-) -> UInt32[Array, "N Q"]:
-    """Where so many of the sampled entries are reached: the bin's lower edge, or a place inside it."""
-    place = _bin(reach, ranks)
-    shift = _shift(state)[:, None]
-    edge = state.low[:, None] + (place.astype(jnp.uint32) << shift)
-    if not inside:
-        return edge
-    held = jnp.maximum(jnp.take_along_axis(found.histogram, place, axis=1), jnp.float32(1e-6))
-    part = jnp.clip((jnp.take_along_axis(reach, place, axis=1) - ranks) / held, 0.0, 0.999)
-    return edge + (part * (jnp.uint32(1) << shift).astype(jnp.float32)).astype(jnp.uint32)
 
 
 def _at(state: Search, places: Float32[Array, "_ P"] | np.ndarray) -> UInt32[Array, "N P"]:
