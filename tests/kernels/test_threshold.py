@@ -112,6 +112,28 @@ def test_the_blocks_for_a_cpu_count_the_same(dtype):
     np.testing.assert_array_equal(xla._blocked([x[i] for i in range(3)], pivots), expected)
 
 
+@pytest.mark.parametrize("entries", [1 << 16, 1 << 22])
+def test_the_cpus_sample_of_a_small_bracket_is_nearly_all_of_it(entries):
+    """With several devices it is not used either. The larger size is folded."""
+    x = np.random.default_rng(4).normal(size=(2, entries)).astype(np.float32)
+    bits = reference.magnitude_bits(x)
+    low, high = (np.array([v, v], np.float32).view(np.uint32) for v in (1.0, 1.0005))
+    inside = (bits >= low[:, None]) & (bits < high[:, None])
+    count = lambda mask: api.to_limbs(jnp.asarray(mask.sum(axis=1), jnp.int32))  # noqa: E731
+    state = api.search(2, entries)._replace(
+        low=jnp.asarray(low),
+        high=jnp.asarray(high),
+        at_low=count(bits >= low[:, None]),
+        at_high=count(bits >= high[:, None]),
+    )
+    found = xla._gathered(jnp.asarray(x), state)
+    assert (np.asarray(found.seen) <= inside.sum(axis=1)).all() and (found.seen >= 0.9 * inside.sum(axis=1)).all()
+    shift = int(xla._shift(state)[0])
+    for i in range(2):
+        exact = np.bincount((bits[i][inside[i]] - low[i]) >> shift, minlength=4096)
+        assert (np.asarray(found.histogram[i]) <= exact).all()
+
+
 def test_the_kernel_finds_the_same_threshold():
     (x,) = leaves_of("odd matrix")
     found = api.kth_magnitude(x, 17, implementation="pallas_interpret")

@@ -160,9 +160,6 @@ def peft_rule(sparsifier: Sparsifier, source: str, elects: bool) -> Rule:
         deltas: Float[Array, "N ..."], weights: Float32[Array, "N"], state: Sums, draws: Draws | None,
         base: Array | None, settings: Settings,
     ) -> Float32[Array, "..."]:  # fmt: skip
-        if elects and sparsifier is LARGEST:
-            method = settings["majority_sign_method"]
-            return settings["lambda"] * elect.peft(deltas, weights, method, state.own.search.low)
         kept = _unbiased(sparsifier, deltas, state, draws, settings)
         if elects:
             return settings["lambda"] * elect.peft(kept, weights, settings["majority_sign_method"])
@@ -186,8 +183,6 @@ def mergekit_rule(sparsifier: Sparsifier, source: str, elects: bool, normalizes:
         deltas: Float[Array, "N ..."], weights: Float32[Array, "N"], state: Sums, draws: Draws | None,
         base: Array | None, settings: Settings,
     ) -> Float32[Array, "..."]:  # fmt: skip
-        if elects and sparsifier is LARGEST and not settings["rescale"]:
-            return settings["lambda"] * elect.mergekit(deltas, weights, settings["normalize"], state.own.search.low)
         kept = [x for x, _ in sparsifier.apply(deltas, state.own, draws, settings)]
         if settings["rescale"]:
             before, after = state.norms[:, 0], state.norms[:, 1]

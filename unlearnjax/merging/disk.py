@@ -235,13 +235,13 @@ class Merger:
         tensors = [t for t in self.plan.tensors if t.settings is not None and t.size]
         if not tensors:
             return ()
+        jobs = [self._job(t) for t in tensors]
         checked = False
 
         def data() -> Iterator[tuple[pieces.Job, Array, Piece]]:
             nonlocal checked
             reads = self._reads(tensors)
-            for tensor in tensors:
-                job = self._job(tensor)
+            for tensor, job in zip(tensors, jobs, strict=True):
                 finites = []
                 for piece in itertools.islice(reads, self._number(tensor)):
                     deltas, finite = pieces.deltas_of(piece)
@@ -252,7 +252,7 @@ class Merger:
             checked = True
 
         start = self.plan.rule.start(sum(t.size for t in tensors), self.count, tensors[0].settings or {})
-        return self._rounds(self._job(tensors[0]), start, data)
+        return self._rounds(jobs[0], start, data)
 
     def _job(self, tensor: Tensor) -> pieces.Job:
         rule = self.plan.rule

@@ -1,7 +1,6 @@
 """Putting sparse deltas together: weighted sums, and the elections that leave out the entries of the losing sign.
 
-Each takes the candidates, as an array [N, ...] or N arrays of one shape, and weights [N]. `thresholds` (patterns [N]
-or None) trim them first: see unlearnjax_kernels.ties, which does everything in one pass.
+Each takes the candidates, as an array [N, ...] or N arrays of one shape, and weights [N].
 """
 
 from collections.abc import Sequence
@@ -13,7 +12,6 @@ from unlearnjax_kernels.ties import elect_mean
 from unlearnjax.merging.protocol import Hyperparameter, total
 
 Deltas = Sequence[Float32[Array, "..."]] | Float[Array, "N ..."]
-Thresholds = UInt32[Array, "N"] | None
 
 MAJORITY = Hyperparameter(
     "majority_sign_method",
@@ -41,7 +39,7 @@ def relative(weights: Float32[Array, "N"]) -> Float32[Array, "N"]:
 
 
 def paper(
-    deltas: Deltas, weights: Float32[Array, "N"], majority: Array, thresholds: Thresholds = None
+    deltas: Deltas, weights: Float32[Array, "N"], majority: Array, thresholds: UInt32[Array, "N"] | None = None
 ) -> Float32[Array, "..."]:
     """The mean of the entries that agree with the sign of the weighted sum; where that is 0, with `majority`'s.
 
@@ -51,17 +49,13 @@ def paper(
     return elect_mean(deltas, thresholds, parts, parts, jnp.abs(parts), majority)
 
 
-def peft(
-    deltas: Deltas, weights: Float32[Array, "N"], majority_sign_method: str, thresholds: Thresholds = None
-) -> Float32[Array, "..."]:
+def peft(deltas: Deltas, weights: Float32[Array, "N"], majority_sign_method: str) -> Float32[Array, "..."]:
     """PEFT's disjoint_merge: an unweighted vote in which 0 is plus, over the number of agreeing candidates."""
     ones = jnp.ones_like(weights)
-    return elect_mean(deltas, thresholds, weights, ones, ones, by_sign=majority_sign_method == "frequency")
+    return elect_mean(deltas, None, weights, ones, ones, by_sign=majority_sign_method == "frequency")
 
 
-def mergekit(
-    deltas: Deltas, weights: Float32[Array, "N"], normalize: bool, thresholds: Thresholds = None
-) -> Float32[Array, "..."]:
+def mergekit(deltas: Deltas, weights: Float32[Array, "N"], normalize: bool) -> Float32[Array, "..."]:
     """mergekit's consensus "sum": a weighted vote in which 0 is plus, and the agreeing weights as divisor."""
     # Shares of 0 divide by nothing.
-    return elect_mean(deltas, thresholds, weights, weights, weights if normalize else jnp.zeros_like(weights))
+    return elect_mean(deltas, None, weights, weights, weights if normalize else jnp.zeros_like(weights))

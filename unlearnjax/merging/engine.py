@@ -40,37 +40,13 @@ def run(
         The merged leaves, each in its leaf's dtype.
     """
     parts = [None] * len(leaves) if parts is None else parts
-    dtypes = [leaf.dtype for leaf in leaves]
-    merged = _run(rule, [widened(x) for x in leaves], weights, starts, keys, bases, settings, stacked, reduce, parts)
-    return [x.astype(dtype) for x, dtype in zip(merged, dtypes, strict=True)]
-
-
-def widened(leaf: Float[Array, "N ..."]) -> Float32[Array, "N ..."]:
-    """The leaf in float32. On a CPU it is written out: LLVM does not vectorise comparisons of 16-bit loads, and what
-    follows would be five to ten times slower than the copy."""
-    if leaf.dtype == jnp.float32:
-        return leaf
-    wide = lambda x: x.astype(jnp.float32)  # noqa: E731
-    return jax.lax.platform_dependent(leaf, cpu=lambda x: jax.lax.optimization_barrier(wide(x)), default=wide)
-
-
-def _run(
-    rule: Rule,
-    leaves: Sequence[Float32[Array, "N ..."]],
-    weights: Float32[Array, "N"],
-    starts: Sequence[State],
-    keys: Sequence[Array | None],
-    bases: Sequence[Array | None],
-    settings: Settings,
-    stacked: int,
-    reduce: Callable[[Any], Any],
-    parts: Sequence[Part | None],
-) -> list[Float32[Array, "..."]]:
+    dtypes, leaves = [leaf.dtype for leaf in leaves], [widened(leaf) for leaf in leaves]
     if rule.scope == "leaf":
-        return [
+        found = [
             _leaf(rule, leaf, weights, start, key, base, settings, stacked, reduce, part)
             for leaf, start, key, base, part in zip(leaves, starts, keys, bases, parts, strict=True)
         ]
+        return [x.astype(dtype) for x, dtype in zip(found, dtypes, strict=True)]
     (state,) = starts
     members = list(zip(leaves, keys, bases, parts, strict=True))
 
@@ -85,7 +61,16 @@ def _run(
 
         return _stacked(tensor, stacked, leaf, key, base)
 
-    return [merged(*member) for member in members]
+    return [merged(*member).astype(dtype) for member, dtype in zip(members, dtypes, strict=True)]
+
+
+def widened(leaf: Float[Array, "N ..."]) -> Float32[Array, "N ..."]:
+    """The leaf in float32. On a CPU a barrier follows, which lets XLA write it out: LLVM does not vectorise comparisons
+    of 16-bit loads."""
+    if leaf.dtype == jnp.float32:
+        return leaf
+    wide = lambda x: x.astype(jnp.float32)  # noqa: E731
+    return jax.lax.platform_dependent(leaf, cpu=lambda x: jax.lax.optimization_barrier(wide(x)), default=wide)
 
 
 def _leaf(

@@ -75,15 +75,15 @@ def apply_packed(
       UserError: a packed tensor that params lack or have in another shape.
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(params)
-    names = [_name(path) for path, _ in flat]
+    named = [(_name(path), leaf) for path, leaf in flat]
+    shapes = {name: tuple(leaf.shape) for name, leaf in named}
     for name, own in packed.items():
-        if name not in names:
+        if name not in shapes:
             raise UserError(f"apply_packed: the parameters have no {name}")
-        shape = flat[names.index(name)][1].shape
-        if tuple(shape) != tuple(own.shape):
-            raise UserError(f"apply_packed: {name} is {tuple(shape)} in the parameters and {own.shape} in the delta")
+        if shapes[name] != tuple(own.shape):
+            raise UserError(f"apply_packed: {name} is {shapes[name]} in the parameters and {own.shape} in the delta")
     factor = jnp.asarray(scale, jnp.float32)
-    leaves = [_applied(leaf, packed[name], factor) if name in packed else leaf for name, (_, leaf) in zip(names, flat)]
+    leaves = [_applied(leaf, packed[name], factor) if name in packed else leaf for name, leaf in named]
     return jax.tree.unflatten(treedef, leaves)
 
 

@@ -51,7 +51,7 @@ class Piece(NamedTuple):
 
 def piece_size(largest: int) -> int:
     """The size for tensors of at most this many entries."""
-    return min(PIECE, max(1 << (largest - 1).bit_length(), 1)) if largest else 1
+    return min(PIECE, 1 << max(largest - 1, 0).bit_length())
 
 
 def cut(size: int, piece: int) -> Iterator[tuple[int, int]]:

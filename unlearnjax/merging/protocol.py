@@ -131,6 +131,15 @@ class Round(NamedTuple):
     before: "Round | None" = None
 
 
+def of_state(statistics: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    """`statistics` of the deltas and the state alone, as a `Round` takes it."""
+
+    def adapted(deltas: Any, weights: Any, state: Any, draws: Any, base: Any, settings: Settings) -> Any:
+        return statistics(deltas, state)
+
+    return adapted
+
+
 def rounds_on(field: str, rounds: tuple[Round, ...]) -> tuple[Round, ...]:
     """The same rounds for a state (a NamedTuple) that holds theirs in `field`."""
 

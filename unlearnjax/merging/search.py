@@ -111,7 +111,7 @@ def search(
 
     checked_leaves(deltas)
 
-    def merged(deltas: Any, program: tuple, numbers: Mapping[str, Any], weights: Any) -> Any:
+    def merged(deltas: Any, base: Any, program: tuple, numbers: Mapping[str, Any], weights: Any) -> Any:
         method, semantics, static, _ = program
         return merge(
             deltas, method, semantics=semantics, key=key, base=base, weights=weights, **dict(static), **numbers,
@@ -123,7 +123,7 @@ def search(
         for program, variants in merges.items():
             for (numbers, weights), places in variants.items():
                 delta = merged(
-                    deltas, program, dict(numbers), None if weights is None else jnp.asarray(weights, jnp.float32)
+                    deltas, base, program, dict(numbers), None if weights is None else jnp.asarray(weights, jnp.float32)
                 )
                 for place in places:
                     scores = score(_scaled(delta, points[place].lambda_))
@@ -132,14 +132,16 @@ def search(
         for program, variants in merges.items():  # a bad point is refused before anything is compiled
             for numbers, weights in variants:
                 given = None if weights is None else jnp.asarray(weights, jnp.float32)
-                jax.eval_shape(functools.partial(merged, program=program, numbers=dict(numbers), weights=given), deltas)
+                jax.eval_shape(
+                    functools.partial(merged, program=program, numbers=dict(numbers), weights=given), deltas, base
+                )
 
         @jax.jit
-        def whole(deltas: Any) -> list[dict[str, Array]]:
+        def whole(deltas: Any, base: Any) -> list[dict[str, Array]]:
             parts = merges.items()
-            return [_mapped(deltas, program, variants, points, merged, score) for program, variants in parts]
+            return [_mapped(deltas, base, program, variants, points, merged, score) for program, variants in parts]
 
-        results = whole(deltas)
+        results = whole(deltas, base)
         for variants, scores in zip(merges.values(), results, strict=True):
             for row, places in enumerate(variants.values()):
                 for column, place in enumerate(places):
@@ -159,6 +161,7 @@ def _parts(point: Point) -> tuple[tuple, tuple]:
 
 def _mapped(
     deltas: Any,
+    base: Any,
     program: tuple,
     variants: Mapping[tuple, Sequence[int]],
     points: Sequence[Point],
@@ -177,7 +180,7 @@ def _mapped(
 
     def one(item: tuple) -> Any:
         numbers, weights, factors = item
-        delta = merged(deltas, program, numbers, weights)
+        delta = merged(deltas, base, program, numbers, weights)
         return jax.lax.map(lambda factor: dict(score(_scaled(delta, factor))), factors)
 
     return jax.lax.map(one, (numbers, weights, padded))

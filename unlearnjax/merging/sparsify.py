@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 from unlearnjax_kernels.threshold import api as threshold
 
 from unlearnjax.merging import trim
-from unlearnjax.merging.protocol import Draws, Hyperparameter, Round, Settings, State, candidates, each
+from unlearnjax.merging.protocol import Draws, Hyperparameter, Round, Settings, State, candidates, each, of_state
 from unlearnjax.merging.trim import DENSITY, Trim
 
 GAMMA = Hyperparameter(
@@ -124,35 +124,13 @@ def _limbs(number: Float32[Array, ""]) -> Int32[Array, "2"]:
     return jnp.stack([(number - high * 65536).astype(jnp.int32), high.astype(jnp.int32)])
 
 
-def _sample_band(
-    deltas: Float[Array, "N ..."],
-    weights: Float32[Array, "N"],
-    state: Band,
-    draws: Draws | None,
-    base: Array | None,
-    settings: Settings,
-) -> tuple[threshold.Sample, threshold.Sample]:
-    return threshold.sample(deltas, state.outer.search), threshold.sample(deltas, state.inner.search)
-
-
 def _aim_band(state: Band, found: tuple[threshold.Sample, threshold.Sample], settings: Settings) -> Band:
     pairs = zip(state, found, strict=True)
     return Band(*(t._replace(search=threshold.aim(t.search, own, t.keep)) for t, own in pairs))
 
 
-def _count_band(
-    deltas: Float[Array, "N ..."],
-    weights: Float32[Array, "N"],
-    state: Band,
-    draws: Draws | None,
-    base: Array | None,
-    settings: Settings,
-) -> tuple[Int32[Array, "N P 2"], Int32[Array, "N P 2"]]:
-    return threshold.count(deltas, state.outer.search), threshold.count(deltas, state.inner.search)
-
-
 def _narrow_band(state: Band, counts: tuple[Int32[Array, "N P 2"], Int32[Array, "N P 2"]], settings: Settings) -> Band:
-    pairs = zip((state.outer, state.inner), counts, strict=True)
+    pairs = zip(state, counts, strict=True)
     return Band(*(Trim(t.keep, threshold.narrow(t.search, found, t.keep)) for t, found in pairs))
 
 
@@ -170,6 +148,9 @@ def _inside(
     ]
 
 
+_SAMPLE = of_state(lambda deltas, state: tuple(threshold.sample(deltas, t.search) for t in state))
+_COUNT = of_state(lambda deltas, state: tuple(threshold.count(deltas, t.search) for t in state))
+
 WHOLE = Sparsifier(_whole)
 LARGEST = Sparsifier(_largest, (DENSITY,), trim.start, trim.ROUNDS)
 RANDOM = Sparsifier(_random, (DENSITY,), needs_key=True)
@@ -178,5 +159,5 @@ INSIDE = Sparsifier(
     _inside,
     (DENSITY, GAMMA),
     _start_band,
-    (Round(_count_band, _narrow_band, until=_band_done, before=Round(_sample_band, _aim_band)),),
+    (Round(_COUNT, _narrow_band, until=_band_done, before=Round(_SAMPLE, _aim_band)),),
 )

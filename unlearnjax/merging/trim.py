@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int32
 from unlearnjax_kernels.threshold import api as threshold
 
-from unlearnjax.merging.protocol import Draws, Hyperparameter, Round, Settings, candidates, each
+from unlearnjax.merging.protocol import Hyperparameter, Round, Settings, candidates, each, of_state
 
 DENSITY = Hyperparameter(
     "density", "share of each delta's entries that is kept", low=0.0, high=1.0, low_open=True, per_candidate=True
@@ -42,30 +42,8 @@ def start(size: int, count: int, settings: Settings, extra: int = 0) -> Trim:
     return Trim(stack(keep), threshold.search(count, size))  # type: ignore[arg-type]
 
 
-def _sample(
-    deltas: Float[Array, "N ..."],
-    weights: Float32[Array, "N"],
-    state: Trim,
-    draws: Draws | None,
-    base: Array | None,
-    settings: Settings,
-) -> threshold.Sample:
-    return threshold.sample(deltas, state.search)
-
-
 def _aim(state: Trim, found: threshold.Sample, settings: Settings) -> Trim:
     return state._replace(search=threshold.aim(state.search, found, state.keep))
-
-
-def _count(
-    deltas: Float[Array, "N ..."],
-    weights: Float32[Array, "N"],
-    state: Trim,
-    draws: Draws | None,
-    base: Array | None,
-    settings: Settings,
-) -> Int32[Array, "N P 2"]:
-    return threshold.count(deltas, state.search)
 
 
 def _narrow(state: Trim, counts: Int32[Array, "N P 2"], settings: Settings) -> Trim:
@@ -76,7 +54,9 @@ def _done(state: Trim) -> Bool[Array, ""]:
     return jnp.all(threshold.done(state.search, state.keep))
 
 
-ROUNDS = (Round(_count, _narrow, until=_done, before=Round(_sample, _aim)),)
+_SAMPLE = of_state(lambda deltas, state: threshold.sample(deltas, state.search))
+_COUNT = of_state(lambda deltas, state: threshold.count(deltas, state.search))
+ROUNDS = (Round(_COUNT, _narrow, until=_done, before=Round(_SAMPLE, _aim)),)
 
 
 def reaches(deltas: Float[Array, "N ..."], state: Trim) -> list[Bool[Array, "..."]]:

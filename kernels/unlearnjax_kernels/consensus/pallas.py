@@ -16,24 +16,9 @@ from unlearnjax_kernels.tiling import LANES, along_lanes, tiled, tiling, untiled
 
 
 def _kernel(x_ref, weights_ref, needed_ref, out_ref, *, agreeing: bool, conflict: bool) -> None:  # type: ignore[no-untyped-def]
-    shape, none = out_ref.shape, jnp.float32(0)
-    zeros = jnp.zeros(shape, jnp.float32)
-    count = jnp.zeros(shape, jnp.int32)
-    votes = Votes(zeros, zeros, zeros, zeros, count, count)
+    votes = xla.start(out_ref.shape, agreeing, jnp.int32)
     for i in range(x_ref.shape[0]):
-        x = weights_ref[i] * x_ref[i].astype(jnp.float32)
-        strength = jnp.broadcast_to(jnp.abs(weights_ref[i]), shape)
-        up, down = x > 0, x < 0
-        if agreeing:
-            sums = (
-                votes.up + jnp.where(up, x, none),
-                votes.down + jnp.where(down, x, none),
-                votes.up_share + jnp.where(up, strength, none),
-                votes.down_share + jnp.where(down, strength, none),
-            )
-        else:
-            sums = (votes.up + x, zeros, votes.up_share + strength, zeros)
-        votes = Votes(*sums, votes.ups + up.astype(jnp.int32), votes.downs + down.astype(jnp.int32))
+        votes = xla.add(votes, x_ref[i], weights_ref[i], agreeing)
     out_ref[...] = xla.finish(votes, needed_ref[...], agreeing, conflict)
 
 

@@ -4,14 +4,15 @@ Patterns of non-negative floats are ordered as the floats are, so the search is 
 `count(pattern >= low) >= k > count(pattern >= high)`. Every pass counts how many magnitudes reach each of `PIVOTS`
 patterns inside the bracket, and the bracket shrinks to two neighbouring ones. They are chosen so that it shrinks fast:
 
-- first, around the quantile of a sample of 16384 entries, at distances of its standard error;
+- first, around the quantile of a sample of at least 16384 entries, at distances of its standard error;
 - then, if the entries in the bracket are spread evenly, the k-th is where interpolation says, up to another standard
   error: a bracket of n entries shrinks to about sqrt(n). Two pivots assume that.
 - If many entries are equal, as the differences of bfloat16 weights are, it is not. The other two pivots are then the
   edges of the bin, of 4096 that cut the bracket, in which the sample has its quantile: twice, and they hold one value.
+- On a CPU the sample of a small bracket is nearly all there is in it: then its quantile is taken for the k-th.
 - Where a pass shrank the bracket little all the same, the next one cuts it evenly.
 
-Four or five passes do for millions of entries. The sample only aims; what decides are exact counts. They add, so the
+Three to seven passes do for millions of entries. The sample only aims; what decides are exact counts. They add, so the
 same passes serve one array, a tree of arrays, the chunks of a stream and the shards of a mesh (psum). Nothing is
 sorted, copied or rounded.
 """
@@ -37,13 +38,12 @@ _EVENLY = np.array([[0.2, 0.4, 0.6, 0.8]], np.float32)
 _BINS = 4096
 _SAMPLE = 16384  # entries, at least
 _SEEN = 8  # of them in the bracket, from which its bins mean something
-_FEW = 64
 _MANY = 0.2  # of those, in one bin of 4096: entries that are equal
+_FEW = 64  # entries in a bracket, which the sample need not see
 _ROWS = 16  # rows whose hits are added up in one byte per pivot, vectorised, before they are summed
-_FOLDS = 8
-_FOLDED = 1 << 17
 _BLOCKED = 1 << 16  # entries from which that pays
-
+_FOLDS = 8  # of the rows' largest entries, one is looked at ...
+_FOLDED = 1 << 17  # ... where there are more of them than this
 
 Hits = Callable[[Float[Array, "N ..."], UInt32[Array, "N P"]], Int32[Array, "N P"]]
 
@@ -128,7 +128,6 @@ def _gathered(x: Any, state: Search) -> Sample:
     def largest(row: Float[Array, "..."], low: UInt32[Array, ""], high: UInt32[Array, ""]) -> Int32[Array, "W"]:
         """Distances from the bracket's lower end, -1 where there is no entry."""
         flat = row.reshape(-1)
-        width = flat.size // _ROWS
         first, last = (jax.lax.bitcast_convert_type(x, jnp.int32) for x in (low, high - jnp.uint32(1)))
         found = jnp.full(width, -1, jnp.int32)
         for start in range(0, _ROWS * width, width):
