@@ -4,6 +4,7 @@ Most of the suite's time is XLA compiling small programs, so tests compile at th
 their compiled programs in .pytest_cache, for each other and for the next run.
 """
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -29,6 +30,15 @@ _programs = Path(__file__).parent.parent / ".pytest_cache" / "programs"
 jax.config.update("jax_compilation_cache_dir", str(_programs))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_dropped():
+    """Each compiled program is several memory mappings, and thousands of them exceed Linux's vm.max_map_count: the
+    process dies in the middle of whatever compiles next."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

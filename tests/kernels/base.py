@@ -21,6 +21,7 @@ def v5e() -> list[Any]:
     """Eight chips of TPU v5e that programs can be compiled for."""
     pytest.importorskip("libtpu")
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # two test workers, and no TPU to share
     from jax.experimental import topologies
 
     return list(topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices)

@@ -271,14 +271,19 @@ def write_file(path: str | Path, entries: Iterable[Entry], metadata: dict[str, s
     with Path(path).open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for entry in entries:
-            value = entry.value() if callable(entry.value) else entry.value
-            if isinstance(value, Iterator):
-                _write_pieces(file, entry, value)
-                continue
-            array = np.asarray(value)
-            if array.shape != tuple(entry.shape) or array.dtype != np.dtype(entry.dtype):
-                raise ValueError(f"{entry.name}: {array.dtype} {array.shape} instead of {entry.dtype} {entry.shape}")
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            _write_entry(file, entry)
+
+
+def _write_entry(file: BinaryIO, entry: Entry) -> None:
+    """In a function of its own, so that nothing holds this tensor while the next one is made."""
+    value = entry.value() if callable(entry.value) else entry.value
+    if isinstance(value, Iterator):
+        _write_pieces(file, entry, value)
+        return
+    array = np.asarray(value)
+    if array.shape != tuple(entry.shape) or array.dtype != np.dtype(entry.dtype):
+        raise ValueError(f"{entry.name}: {array.dtype} {array.shape} instead of {entry.dtype} {entry.shape}")
+    file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def _write_pieces(file: BinaryIO, entry: Entry, pieces: Iterator[np.ndarray]) -> None:
