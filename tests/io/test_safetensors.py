@@ -91,6 +91,18 @@ def test_tensors_are_views_of_the_file(tmp_path):
     assert "z" in message(file.read, "z")
 
 
+def test_a_part_of_a_tensor_is_copied(tmp_path):
+    x = np.arange(24, dtype=np.float16).reshape(4, 6)
+    write_file(tmp_path / "x.safetensors", entries({"w": np.zeros(3, np.int8), "x": x}))
+    file = open_file(tmp_path / "x.safetensors")
+    out = np.zeros(5, np.float16)
+    file.read_into(out, "x", 7)
+    np.testing.assert_array_equal(out, x.reshape(-1)[7:12])
+    assert "'z'" in message(file.read_into, out, "z")
+    (tmp_path / "x.safetensors").write_bytes(b"")
+    assert "became shorter" in message(file.read_into, out, "x")
+
+
 def test_shards_hold_their_limit_and_one_tensor_lives_at_a_time(tmp_path):
     alive = []
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from unlearnjax_kernels.threshold import api, reference, shapes, xla
+from unlearnjax_kernels.threshold import api, host, reference, shapes, xla
 
 from tests.kernels.base import KernelTestBase
 
@@ -41,6 +41,23 @@ def test_the_reference_is_a_sort():
 def test_zeros_equal_magnitudes_and_denormals(k):
     x = np.array([[0.0, -0.0, 1e-45, -3e-42, 3e-42, 1.0, -1.0, 1.0], [0.0] * 8], np.float32)
     np.testing.assert_array_equal(api.kth_magnitude(x, k), reference.kth_magnitude([x], k))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16])
+def test_the_host_finds_what_a_sort_finds(dtype):
+    leaves = [np.asarray(x) for x in leaves_of("tree", jnp.float32)]
+    leaves = [(np.round(x, 1) if dtype == np.float16 else x).astype(dtype) for x in leaves]  # and with equal entries
+    flat = np.concatenate([np.abs(x.astype(np.float32)).reshape(len(x), -1) for x in leaves], axis=1)
+    falling = -np.sort(-flat, axis=1)
+    size = flat.shape[1]
+    for k in (1, 2, size // 3, size - 1):
+        found = host.found(leaves, np.array([[k, 0]] * len(flat)))
+        assert host.settled(found) and bool(api.done(found, api.to_limbs(k)[None]).all())
+        np.testing.assert_array_equal(np.asarray(found.low).view(np.float32), falling[:, k - 1])
+    nothing, everything = (np.asarray(host.found(leaves, np.array([[k, 0]] * len(flat))).low) for k in (0, size + 1))
+    assert (nothing == xla.NOTHING).all() and (everything == 0).all()
+    mixed = host.found(leaves, np.array([[1 + i, 0] for i in range(len(flat))]))  # each candidate with its own k
+    np.testing.assert_array_equal(np.asarray(mixed.low).view(np.float32), np.diagonal(falling))
 
 
 def test_ties_with_the_kth_are_all_kept():

@@ -29,7 +29,9 @@ def measure(
     mesh: Mesh | None = None,
     repeats: int = 7,
 ) -> dict[str, Any]:
-    """Time one merge program (`jit(merge)`, on arrays that are there already; without the check for NaN).
+    """Time one merge of arrays that are there already: `merge(...)` as it is called, and as a program (`jit(merge)`).
+
+    A call checks for NaN first, and on a CPU it finds thresholds outside of the program, which is faster.
 
     Args:
       candidates, size: N deltas of that many normally distributed entries.
@@ -37,9 +39,10 @@ def measure(
       mesh: cut the entries over its devices.
 
     Returns:
-      seconds and copy_seconds (median, least, most), gb_per_second (bytes of the N deltas read once and the result
-      written, over the median), percent_of_copy (that over the copy's bandwidth), over_copy (the merge's seconds in
-      copies of the deltas, lap by lap), compile_seconds, and what was measured.
+      seconds, call_seconds and copy_seconds (of the program, the call and the copy: median, least, most), gb_per_second
+      (bytes of the N deltas read once and the result written, over the program's median), percent_of_copy (that over
+      the copy's bandwidth), over_copy and call_over_copy (the merge's seconds in copies of the deltas, lap by lap),
+      compile_seconds, and what was measured.
 
     Raises:
       UserError: an unknown method, semantics or hyperparameter; a size that the mesh does not divide.
@@ -58,7 +61,11 @@ def measure(
     begin = time.perf_counter()
     program = jax.jit(run).lower(deltas, base).compile()
     compile_seconds = time.perf_counter() - begin
-    seconds = laps({"copy": copier(deltas), "merge": lambda: program(deltas, base)}, repeats)
+    work = {"copy": copier(deltas), "merge": lambda: program(deltas, base), "call": lambda: run(deltas, base)}
+    seconds = laps(work, repeats)
+    over = {
+        name: spread([a / b for a, b in zip(seconds[name], seconds["copy"], strict=True)]) for name in ("merge", "call")
+    }
     moved = deltas.nbytes + deltas.nbytes // candidates
     copied = 2 * deltas.nbytes  # read and written
     rate = moved / spread(seconds["merge"])["median"]
@@ -73,7 +80,9 @@ def measure(
         "mesh": None if mesh is None else dict(mesh.shape),
         "seconds": spread(seconds["merge"]),
         "copy_seconds": spread(seconds["copy"]),
-        "over_copy": spread([a / b for a, b in zip(seconds["merge"], seconds["copy"], strict=True)]),
+        "over_copy": over["merge"],
+        "call_seconds": spread(seconds["call"]),
+        "call_over_copy": over["call"],
         "gb_per_second": float(f"{rate / 1e9:.4g}"),
         "percent_of_copy": float(f"{100 * rate * spread(seconds['copy'])['median'] / copied:.3g}"),
         "compile_seconds": float(f"{compile_seconds:.3g}"),

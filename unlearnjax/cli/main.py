@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser().print_help()
         else:
             if argv is None and arguments.command not in ("score", "methods"):
-                restart_with_huge_pages()
+                restart_with_huge_pages(keep_freed=arguments.command == "merge")
             arguments.command_line = ["unlearnjax", *(sys.argv[1:] if argv is None else argv)]
             arguments.stop = Stop()
             with catch_signals(arguments.stop, commands.say):

@@ -7,6 +7,7 @@ Format: 8 bytes of little-endian header length, a JSON header {name: {dtype, sha
 import json
 import math
 import mmap
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
@@ -41,6 +42,16 @@ class Slot(NamedTuple):
     end: int
 
 
+class _Descriptor:
+    """An open file's number, closed with the last reference to it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        os.close(self.number)
+
+
 @dataclass(frozen=True)
 class TensorFile:
     """One open safetensors file."""
@@ -49,6 +60,8 @@ class TensorFile:
     slots: dict[str, Slot]
     metadata: dict[str, str]
     data: np.ndarray  # uint8, the mapped bytes after the header
+    descriptor: _Descriptor
+    offset: int  # of those bytes in the file
 
     def read(self, name: str) -> np.ndarray:
         """The tensor as a read-only view of the file. Pages are read from disk as they are touched.
@@ -56,10 +69,35 @@ class TensorFile:
         Raises:
           UserError: the file has no tensor of that name.
         """
+        slot = self._slot(name)
+        return self.data[slot.begin : slot.end].view(slot.dtype).reshape(slot.shape)
+
+    def read_into(self, out: np.ndarray, name: str, start: int = 0) -> None:
+        """Copy the tensor's entries from the flat index `start` on into `out`, 1-D and of its dtype. Unlike reading
+        the view, this maps no page of the file into memory, which takes longer than copying it.
+
+        Raises:
+          UserError: the file has no tensor of that name, is shorter than it was when opened, or cannot be read.
+        """
+        slot = self._slot(name)
+        if not hasattr(os, "preadv"):
+            out[:] = self.read(name).reshape(-1)[start : start + out.size]
+            return
+        rest = out.view(np.uint8).data
+        place = self.offset + slot.begin + start * slot.dtype.itemsize
+        while rest:
+            try:
+                got = os.preadv(self.descriptor.number, [rest], place)
+            except OSError as error:
+                raise UserError(f"{self.path}: tensor {name!r} cannot be read ({error.strerror})") from None
+            if not got:
+                raise UserError(f"{self.path}: became shorter while tensor {name!r} was read; fetch or write it again")
+            rest, place = rest[got:], place + got
+
+    def _slot(self, name: str) -> Slot:
         if name not in self.slots:
             raise UserError(f"{self.path}: holds no tensor {name!r}")
-        slot = self.slots[name]
-        return self.data[slot.begin : slot.end].view(slot.dtype).reshape(slot.shape)
+        return self.slots[name]
 
 
 @dataclass(frozen=True)
@@ -72,6 +110,10 @@ class Checkpoint:
     def read(self, name: str) -> np.ndarray:
         """The tensor as a read-only view of its file."""
         return self.files[name].read(name)
+
+    def read_into(self, out: np.ndarray, name: str, start: int = 0) -> None:
+        """See `TensorFile.read_into`."""
+        self.files[name].read_into(out, name, start)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.files[name].slots[name].shape
@@ -154,6 +196,7 @@ def open_file(path: str | Path) -> TensorFile:
                 raise UserError(f"{path}: truncated inside its header ({size} of {8 + length} bytes); fetch it again")
             header = _header(path, file.read(length))
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            descriptor = _Descriptor(os.dup(file.fileno()))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     metadata = header.pop("__metadata__", None) or {}
@@ -169,7 +212,7 @@ def open_file(path: str | Path) -> TensorFile:
         place, before = slot.end, f"tensor {name!r}"
     if place != data.size:
         raise UserError(f"{path}: {data.size - place} bytes after {before} belong to no tensor; the file is broken")
-    return TensorFile(path, slots, metadata, data)
+    return TensorFile(path, slots, metadata, data, descriptor, 8 + length)
 
 
 def _weight_map(path: Path) -> dict[str, str]:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from unlearnjax_kernels.threshold import api as threshold
 
 from unlearnjax.errors import UserError, nearest
-from unlearnjax.merging import arithmetic, engine, ram, sce, spherical, swaps
+from unlearnjax.merging import arithmetic, engine, host, ram, sce, spherical, swaps
 from unlearnjax.merging.consensus import CONFLICT_ONLY, CONSENSUS
 from unlearnjax.merging.linear import LINEAR, UNIFORM
 from unlearnjax.merging.magmax import MAGMAX
@@ -98,9 +98,10 @@ def merge_stacked(
     keys = [None if key is None else jax.random.fold_in(key, zlib.crc32(path.encode())) for path in paths]
     static = {p.name: settings[p.name] for p in rule.hyperparameters if p.static}
     numbers = {p.name: jnp.asarray(settings[p.name], jnp.float32) for p in rule.hyperparameters if not p.static}
-    merged = _compiled(rule, tuple(static.items()), stacked)(
-        leaves, weights, _starts(rule, leaves, n, settings, stacked), keys, bases, numbers
-    )
+    starts = _starts(rule, leaves, n, settings, stacked)
+    if stacked == 0:
+        starts = host.settle(rule, leaves, starts, settings)
+    merged = _compiled(rule, tuple(static.items()), stacked)(leaves, weights, starts, keys, bases, numbers)
     return jax.tree.unflatten(treedef, merged)
 
 

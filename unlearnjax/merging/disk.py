@@ -20,10 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
+from unlearnjax_kernels.threshold.host import threads
+
 from unlearnjax.errors import UserError, check_known
 from unlearnjax.io.huggingface import check_dtype, read_json, resolve
 from unlearnjax.io.safetensors import Checkpoint, Entry, open_folder, write_sharded
-from unlearnjax.merging import pieces
+from unlearnjax.merging import host, pieces
 from unlearnjax.merging.api import check_count, check_each, check_hyperparameters, find_rule
 from unlearnjax.merging.job import Job, depths, settings_at
 from unlearnjax.merging.pieces import Piece, piece_size
@@ -83,7 +85,8 @@ class Plan(NamedTuple):
     @property
     def memory(self) -> int:
         """A bound on the memory for tensors, counted in float32: the pieces that are read ahead and merged; the deltas
-        and the base of the largest tensor, where its thresholds are its own; and all inputs, their deltas, the result
+        and the base of the largest tensor, where its thresholds are its own, and one candidate of it for each thread
+        that looks for them; and all inputs, their deltas, the result
         and what is being written, where the method needs whole tensors."""
         largest = max((t.size for t in self.tensors), default=0)
         count = len(self.models) + 1
@@ -92,7 +95,8 @@ class Plan(NamedTuple):
             return largest * 4 * (3 * count + 1)
         moving = piece_size(largest) * 4 * count * (pieces.AHEAD + 5)
         own = self.rule.rounds and self.rule.scope == "leaf"
-        return moving + 4 * max(largest * count if own else 0, kept * (pieces.AHEAD + 1))
+        scratch = min(len(self.models), threads()) if own and self.rule.rounds[0].at_once is not None else 0
+        return moving + 4 * max(largest * (count + scratch) if own else 0, kept * (pieces.AHEAD + 1))
 
 
 def plan(job: Job) -> Plan:
@@ -206,9 +210,11 @@ class Merger:
             finites.append(finite)
         for finite in finites:
             self._check(tensor, finite)
-        state = self._rounds(
-            job, rule.start(tensor.size, self.count, tensor.settings or {}), lambda: ((job, *pair) for pair in held)
-        )
+        start = rule.start(tensor.size, self.count, tensor.settings or {})
+        if jax.default_backend() == "cpu":
+            leaves = [np.asarray(deltas)[:, : piece.size] for deltas, piece in held]
+            start = host.at_once(rule, leaves, start, tensor.settings or {})
+        state = self._rounds(job, start, lambda: ((job, *pair) for pair in held))
         for deltas, piece in held:
             yield pieces.combined(job, deltas, piece, state), None, piece.size
 
@@ -222,6 +228,8 @@ class Merger:
             return pieces.update(job, place, before, state, total)
 
         for place, round_ in enumerate(self.plan.rule.rounds):
+            if round_.settled(state):
+                continue
             finished = round_.until is not None and pieces.finished(job, place, state)
             while not finished:
                 if round_.before is not None:
@@ -280,11 +288,16 @@ class Merger:
         return pieces.ahead(self.reader, tasks(), pieces.AHEAD if self.in_pieces else 1)
 
     def _base(self, tensor: Tensor) -> np.ndarray:
-        return self._count(np.array(self.plan.base.read(tensor.name)))
+        return self._all_of(self.plan.base, tensor)
 
     def _whole(self, tensor: Tensor) -> Piece:
-        models = [self._count(np.array(model.read(tensor.name))) for model in self.plan.models]
+        models = [self._all_of(model, tensor) for model in self.plan.models]
         return Piece(None, tensor.size, self._base(tensor), models)
+
+    def _all_of(self, source: Checkpoint, tensor: Tensor) -> np.ndarray:
+        out = np.empty(tensor.size, source.dtype(tensor.name))
+        source.read_into(out, tensor.name)
+        return self._count(out.reshape(tensor.shape))
 
     def _number(self, tensor: Tensor) -> int:
         """How many pieces it has."""
@@ -292,7 +305,7 @@ class Merger:
 
     def _piece(self, tensor: Tensor, start: int, stop: int) -> Piece:
         base, *models = (
-            self._count(pieces.filled(source.read(tensor.name), start, stop, self.piece), stop - start)
+            self._count(pieces.filled(source, tensor.name, start, stop, self.piece), stop - start)
             for source in (self.plan.base, *self.plan.models)
         )
         return Piece(start, stop - start, base, models)

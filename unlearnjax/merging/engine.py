@@ -99,6 +99,8 @@ def _leaf(
 
 def _rounds(rule: Rule, state: State, settings: Settings, partials: Callable[[Round, State], Any]) -> State:
     for round_ in rule.rounds:
+        if round_.settled(state):
+            continue
 
         def step(state: State, round_: Round = round_) -> State:
             if round_.before is not None:

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32
 from unlearnjax_kernels.dare.api import Part
 
+from unlearnjax.io.safetensors import Checkpoint
 from unlearnjax.merging import engine
 from unlearnjax.merging.protocol import Draws, Round, Rule, State
 
@@ -59,11 +60,10 @@ def cut(size: int, piece: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + piece, size)) for start in range(0, size, piece))
 
 
-def filled(x: np.ndarray, start: int, stop: int, piece: int) -> np.ndarray:
-    """A copy of some of a tensor's entries, in memory (the tensor may be a file's view), with zeros after them."""
-    flat = x.reshape(-1)[start:stop]
-    out = np.empty(piece, x.dtype)
-    out[: stop - start] = flat
+def filled(source: Checkpoint, name: str, start: int, stop: int, piece: int) -> np.ndarray:
+    """Some of a tensor's entries, read from its file, with zeros after them."""
+    out = np.empty(piece, source.dtype(name))
+    source.read_into(out[: stop - start], name, start)
     out[stop - start :] = 0
     return out
 

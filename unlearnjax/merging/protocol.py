@@ -16,7 +16,7 @@ differences are noise.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -121,6 +121,8 @@ class Round(NamedTuple):
     update: (state, summed partials, settings) -> state of the same structure, shapes and dtypes.
     until: (state) -> bool []; None: one pass. Where it holds before the first pass, there is none.
     before: a round that goes before each of the passes.
+    at_once: (leaves [N, ...] in a CPU's memory, state, settings) -> the state after the round, not by sums but faster.
+    settled: (state) -> whether `at_once` made it, which a program must know when it is compiled.
     """
 
     statistics: Callable[
@@ -129,6 +131,8 @@ class Round(NamedTuple):
     update: Callable[[State, Any, Settings], State]
     until: Callable[[State], Bool[Array, ""]] | None = None
     before: "Round | None" = None
+    at_once: Callable[[Sequence[np.ndarray], State, Settings], State] | None = None
+    settled: Callable[[State], bool] = lambda state: False
 
 
 def of_state(statistics: Callable[[Any, Any], Any]) -> Callable[..., Any]:
@@ -150,12 +154,20 @@ def rounds_on(field: str, rounds: tuple[Round, ...]) -> tuple[Round, ...]:
         def update(state: Any, partials: Any, settings: Settings) -> Any:
             return state._replace(**{field: inner.update(getattr(state, field), partials, settings)})
 
-        until, before = inner.until, inner.before
+        def of_field(value: Callable[[Any], Any]) -> Callable[[Any], Any]:
+            return lambda state: value(getattr(state, field))
+
+        def at_once(leaves: Sequence[np.ndarray], state: Any, settings: Settings) -> Any:
+            assert inner.at_once is not None
+            return state._replace(**{field: inner.at_once(leaves, getattr(state, field), settings)})
+
         return Round(
             statistics,
             update,
-            None if until is None else lambda state: until(getattr(state, field)),
-            None if before is None else lifted(before),
+            None if inner.until is None else of_field(inner.until),
+            None if inner.before is None else lifted(inner.before),
+            None if inner.at_once is None else at_once,
+            of_field(inner.settled),
         )
 
     return tuple(lifted(inner) for inner in rounds)

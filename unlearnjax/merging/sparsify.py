@@ -3,10 +3,11 @@
 A sparsifier decides per candidate which entries stay; `arithmetic` joins it with a sum or an election.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int32
 from unlearnjax_kernels.threshold import api as threshold
 
@@ -138,6 +139,14 @@ def _band_done(state: Band) -> Bool[Array, ""]:
     return jnp.stack([threshold.done(t.search, t.keep) for t in state]).all()
 
 
+def _band_at_once(leaves: Sequence[np.ndarray], state: Band, settings: Settings) -> Band:
+    return Band(*(trim.at_once(leaves, t, settings) for t in state))
+
+
+def _band_settled(state: Band) -> bool:
+    return trim.settled(state.outer)
+
+
 def _inside(
     deltas: Float[Array, "N ..."], state: Band, draws: Draws | None, settings: Settings
 ) -> list[tuple[Float32[Array, "..."], Float32[Array, "..."]]]:
@@ -159,5 +168,5 @@ INSIDE = Sparsifier(
     _inside,
     (DENSITY, GAMMA),
     _start_band,
-    (Round(_COUNT, _narrow_band, until=_band_done, before=Round(_SAMPLE, _aim_band)),),
+    (Round(_COUNT, _narrow_band, _band_done, Round(_SAMPLE, _aim_band), _band_at_once, _band_settled),),
 )

@@ -5,12 +5,14 @@ arbitrarily. A Python density gives k = int(density * size) in double precision,
 JAX array (traced or not) is float32: its k may differ by about 6e-8 * size.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int32
 from unlearnjax_kernels.threshold import api as threshold
+from unlearnjax_kernels.threshold import host
 
 from unlearnjax.merging.protocol import Hyperparameter, Round, Settings, candidates, each, of_state
 
@@ -54,9 +56,17 @@ def _done(state: Trim) -> Bool[Array, ""]:
     return jnp.all(threshold.done(state.search, state.keep))
 
 
+def at_once(leaves: Sequence[np.ndarray], state: Trim, settings: Settings) -> Trim:
+    return state._replace(search=host.found(leaves, np.asarray(state.keep)))
+
+
+def settled(state: Trim) -> bool:
+    return host.settled(state.search)
+
+
 _SAMPLE = of_state(lambda deltas, state: threshold.sample(deltas, state.search))
 _COUNT = of_state(lambda deltas, state: threshold.count(deltas, state.search))
-ROUNDS = (Round(_COUNT, _narrow, until=_done, before=Round(_SAMPLE, _aim)),)
+ROUNDS = (Round(_COUNT, _narrow, _done, Round(_SAMPLE, _aim), at_once, settled),)
 
 
 def reaches(deltas: Float[Array, "N ..."], state: Trim) -> list[Bool[Array, "..."]]:

@@ -1,4 +1,5 @@
-"""The exact k-th largest magnitude, found by sampling and counting on bit patterns and never by sorting."""
+"""The exact k-th largest magnitude: in programs by sampling and counting on bit patterns, never by sorting (`xla`,
+`pallas`); of arrays at hand in a CPU's memory by numpy's quickselect (`host`)."""
 
 from unlearnjax_kernels.threshold.api import (
     Sample,
