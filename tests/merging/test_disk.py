@@ -144,7 +144,8 @@ def test_the_dtype_is_the_bases_unless_another_is_named(folders, tmp_path):
 
 
 def test_a_dry_run_reads_nothing_and_prints_the_plan(folders, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("unlearnjax.io.safetensors.TensorFile.read", lambda *_: pytest.fail("a tensor was read"))
+    for name in ("read", "read_into"):
+        monkeypatch.setattr(f"unlearnjax.io.safetensors.TensorFile.{name}", lambda *_: pytest.fail("a tensor was read"))
     argv = [
         "merge",
         "--base",

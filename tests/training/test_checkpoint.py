@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from unlearnjax.errors import UserError
+from unlearnjax.io.fingerprint import difference
 from unlearnjax.training import checkpoint, keeper
 from unlearnjax.training.checkpoint import MANIFEST, Damaged, read_arrays, read_checkpoint, unseal, write_checkpoint
-from unlearnjax.training.keeper import difference, open_keeper
+from unlearnjax.training.keeper import open_keeper
 from unlearnjax.training.loop import Clock, Curve, Snapshot
 
 RUN = {"recipe": {"candidates": [{"name": "one", "rank": 2}]}, "device": {"platform": "cpu"}}

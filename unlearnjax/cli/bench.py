@@ -70,12 +70,13 @@ def _merges(a: argparse.Namespace, dtype: str) -> None:
                 method, candidates=count, size=size, dtype=dtype, semantics=a.semantics, settings=own, mesh=mesh,
                 repeats=a.repeats,
             )  # fmt: skip
-            shown = (method, found["semantics"], count, _ms(found), f"{found['over_copy']['median']:.2f}",
-                     f"{found['call_over_copy']['median']:.2f}", found["gb_per_second"], found["percent_of_copy"], found["compile_seconds"])  # fmt: skip
+            copies = [f"{found[name]['median']:.2f}" for name in ("over_copy", "call_over_copy")]
+            shown = (method, found["semantics"], count, _ms(found), *copies, found["gb_per_second"],
+                     found["percent_of_copy"], found["compile_seconds"])  # fmt: skip
             rows.add(shown, found)
     print(f"\n{found['device']} x {found['devices']}, {size} entries of {dtype} each. copies: in times that a copy of "
-          "the N deltas takes;\na call: of merge(...) itself, which checks for NaN and on a CPU finds thresholds outside of "
-          "the program.\nGB/s: N deltas read once and the result written; % of copy: of the bandwidth of that "
+          "the N deltas takes;\na call: of merge(...) itself, which checks for NaN, and on a CPU finds thresholds "
+          "outside of the program.\nGB/s: N deltas read once and the result written; % of copy: of the bandwidth of that "
           "copy.")  # fmt: skip
 
 

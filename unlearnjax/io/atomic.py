@@ -43,6 +43,14 @@ def require_free(path: str | Path) -> Path:
     return target
 
 
+def flush_tree(path: Path, deep: bool = True) -> None:
+    """Flush a folder to disk, and (deep) all files and folders in it."""
+    for folder, _, files in os.walk(path) if deep else [(str(path), [], [])]:
+        for name in files:
+            _flush(Path(folder) / name)
+        _flush(Path(folder))
+
+
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -68,7 +76,7 @@ def remove_left_overs(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _explain(error: BaseException, target: Path) -> None:
+def explain(error: BaseException, target: Path) -> None:
     """Raise a `UserError` instead where the disk is the cause."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         raise UserError(
@@ -91,14 +99,11 @@ def staged_folder(path: str | Path) -> Iterator[Path]:
     try:
         beside.mkdir()
         yield beside
-        for folder, _, files in os.walk(beside):
-            for name in files:
-                _flush(Path(folder) / name)
-            _flush(Path(folder))
+        flush_tree(beside)
         beside.rename(target)
     except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)
-        _explain(error, target)
+        explain(error, target)
         raise
     _flush(target.parent)
 
@@ -122,6 +127,6 @@ def staged_file(path: str | Path) -> Iterator[Path]:
         beside.replace(target)
     except BaseException as error:
         beside.unlink(missing_ok=True)
-        _explain(error, target)
+        explain(error, target)
         raise
     _flush(target.parent)

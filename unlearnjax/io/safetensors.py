@@ -8,7 +8,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any, BinaryIO, NamedTuple
@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from unlearnjax.errors import UserError
+from unlearnjax.io.atomic import staged_file
 
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(kind)
@@ -340,16 +341,30 @@ def _write_pieces(file: BinaryIO, entry: Entry, pieces: Iterator[np.ndarray]) ->
         raise ValueError(f"{entry.name}: pieces of {written} bytes instead of {entry.size}")
 
 
-def _shards(entries: Iterable[Entry], limit: int) -> Iterator[list[Entry]]:
-    shard: list[Entry] = []
+def shards(entries: Iterable[Entry], max_shard_bytes: int = 5_000_000_000) -> dict[str, list[Entry]]:
+    """A model folder's files by name: one `model.safetensors`, or several of up to that many bytes (a larger tensor
+    gets one of its own)."""
+    found: list[list[Entry]] = [[]]
     size = 0
     for entry in entries:
-        if shard and size + entry.size > limit:
-            yield shard
-            shard, size = [], 0
-        shard.append(entry)
+        if found[-1] and size + entry.size > max_shard_bytes:
+            found.append([])
+            size = 0
+        found[-1].append(entry)
         size += entry.size
-    yield shard
+    if len(found) == 1:
+        return {SINGLE: found[0]}
+    return {f"model-{i:05d}-of-{len(found):05d}.safetensors": shard for i, shard in enumerate(found, start=1)}
+
+
+def is_whole(path: Path, entries: Iterable[Entry]) -> bool:
+    """Whether the file is there and holds tensors of these names, shapes and dtypes."""
+    try:
+        slots = open_file(path).slots
+    except UserError:
+        return False
+    wanted = {entry.name: (np.dtype(entry.dtype), tuple(entry.shape)) for entry in entries}
+    return {name: (slot.dtype, slot.shape) for name, slot in slots.items()} == wanted
 
 
 def write_sharded(
@@ -357,25 +372,28 @@ def write_sharded(
     tensors: Iterable[Entry | tuple[str, tuple[int, ...], Any, Any]],
     max_shard_bytes: int = 5_000_000_000,
     metadata: dict[str, str] | None = None,
+    *,
+    written: Container[str] = (),
 ) -> None:
-    """Write a model folder's tensors in Hugging Face's naming: one `model.safetensors`, or shards and their index.
+    """Write a model folder's tensors in Hugging Face's naming: one `model.safetensors`, or shards and their index. Each
+    file appears when it is whole.
 
     Args:
       folder: an existing folder (stage it with `unlearnjax.io.atomic.staged_folder`).
       tensors: (name, shape, dtype, value) with value an array or a function that makes it; one is held at a time.
       max_shard_bytes: a shard grows up to this many bytes; a larger tensor gets a shard of its own.
       metadata: the files' metadata, {"format": "pt"} by default.
+      written: names of files that are there already: their tensors' values are not asked for.
     """
     folder = Path(folder)
-    shards = list(_shards([Entry(*t) for t in tensors], max_shard_bytes))
-    if len(shards) == 1:
-        write_file(folder / SINGLE, shards[0], metadata)
+    files = shards([Entry(*t) for t in tensors], max_shard_bytes)
+    for name, shard in files.items():
+        if name not in written:
+            with staged_file(folder / name) as path:
+                write_file(path, shard, metadata)
+    if len(files) == 1:
         return
-    weights: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_file(folder / name, shard, metadata)
-        weights |= dict.fromkeys([entry.name for entry in shard], name)
-    total = sum(entry.size for shard in shards for entry in shard)
+    weights = {entry.name: name for name, shard in files.items() for entry in shard}
+    total = sum(entry.size for shard in files.values() for entry in shard)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")

@@ -19,18 +19,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
-
 from unlearnjax_kernels.threshold.host import threads
 
 from unlearnjax.errors import UserError, check_known
+from unlearnjax.io.atomic import staged_file
 from unlearnjax.io.huggingface import check_dtype, read_json, resolve
-from unlearnjax.io.safetensors import Checkpoint, Entry, open_folder, write_sharded
+from unlearnjax.io.safetensors import Checkpoint, Entry, is_whole, open_folder, shards, write_sharded
 from unlearnjax.merging import host, pieces
 from unlearnjax.merging.api import check_count, check_each, check_hyperparameters, find_rule
 from unlearnjax.merging.job import Job, depths, settings_at
 from unlearnjax.merging.pieces import Piece, piece_size
 from unlearnjax.merging.protocol import MergeMethod, Rule, State
 
+STATISTICS = "statistics.npz"  # beside the files being written: what a long search has found
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
@@ -71,11 +72,15 @@ class Plan(NamedTuple):
     @property
     def bytes_read(self) -> int:
         """In one pass."""
+        return self.bytes_of(self.tensors)
+
+    def bytes_of(self, tensors: Iterable[Tensor]) -> int:
+        """What is read of these tensors in one pass."""
         sources = [self.base, *self.models]
         return sum(
             math.prod(t.shape)
             * sum(s.dtype(t.name).itemsize for s in (sources if t.settings is not None else sources[:1]))
-            for t in self.tensors
+            for t in tensors
         )
 
     @property
@@ -144,25 +149,40 @@ def plan(job: Job) -> Plan:
     return Plan(job, method, rule, base, tuple(models), tuple(tensors))
 
 
+def written_files(folder: Path, found: Plan, max_shard_bytes: int) -> list[str]:
+    """The names of the result's files that `folder` holds already, whole."""
+    files = shards([Entry(t.name, t.shape, t.dtype, None) for t in found.tensors], max_shard_bytes)
+    return [name for name, entries in files.items() if is_whole(folder / name, entries)]
+
+
 def merge_to(
     folder: Path, found: Plan, *, max_shard_bytes: int = 5_000_000_000, progress: Callable[[int], object] | None = None
 ) -> None:
-    """Merge into safetensors files in `folder` (stage it: it is not whole until this returns).
+    """Merge into safetensors files in `folder` (stage it: it is not whole until this returns). Files and statistics
+    that an earlier call with this plan left there are kept.
 
     Args:
-      progress: called with the number of bytes read, piece by piece.
+      progress: called with the number of bytes read, piece by piece; for what is kept, with what it would have read.
 
     Raises:
       UserError: NaN or Inf in a tensor of a model, which is named.
     """
+    files = shards([Entry(t.name, t.shape, t.dtype, None) for t in found.tensors], max_shard_bytes)
+    written = written_files(folder, found, max_shard_bytes)
+    kept = {entry.name for name in written for entry in files[name]}
     with ThreadPoolExecutor(1) as reader:
-        values = Merger(found, reader, progress).values()
+        merger = Merger(found, reader, progress)
+        merger.settle(folder / STATISTICS)
+        if progress is not None and kept:
+            progress(found.bytes_of(t for t in found.tensors if t.name in kept))
+        values = merger.values([t for t in found.tensors if t.name not in kept])
         entries = [Entry(t.name, t.shape, t.dtype, lambda: next(values)) for t in found.tensors]
-        write_sharded(folder, entries, max_shard_bytes)
+        write_sharded(folder, entries, max_shard_bytes, written=written)
+    (folder / STATISTICS).unlink(missing_ok=True)
 
 
 class Merger:
-    """Merges a plan's tensors in their order; for a rule of scope "tree" it first goes through all of them."""
+    """Merges a plan's tensors in their order; for a rule of scope "tree", `settle` first goes through all of them."""
 
     def __init__(
         self, found: Plan, reader: ThreadPoolExecutor, progress: Callable[[int], object] | None = None
@@ -172,13 +192,25 @@ class Merger:
         self.piece = piece_size(max((t.size for t in found.tensors), default=0))
         self.in_pieces = found.rule.properties.elementwise
         self._state: State | None = None
-        if found.rule.scope == "tree":
-            self._state = self._search()
 
-    def values(self) -> Iterator[np.ndarray | Iterator[np.ndarray]]:
-        """The tensors in their dtypes: merged ones as flat pieces, the base's own whole."""
-        reads = self._reads(self.plan.tensors)
-        for tensor in self.plan.tensors:
+    def settle(self, path: Path) -> None:
+        """Find the whole model's statistics, where the rule has such. They are kept in the file `path`, and read from
+        it if it is there."""
+        if self.plan.rule.scope != "tree":
+            return
+        if path.exists():
+            self._state = self._read_state(path)
+            if self.progress is not None:
+                self.progress(self.plan.bytes_read * (self.plan.passes - 1))
+            return
+        self._state = self._search()
+        with staged_file(path) as place, place.open("wb") as file:
+            np.savez(file, *map(np.asarray, jax.tree.leaves(self._state)))
+
+    def values(self, tensors: Sequence[Tensor]) -> Iterator[np.ndarray | Iterator[np.ndarray]]:
+        """These tensors in their dtypes: merged ones as flat pieces, the base's own whole."""
+        reads = self._reads(tensors)
+        for tensor in tensors:
             if tensor.settings is None:
                 yield next(reads)
             else:
@@ -238,9 +270,21 @@ class Merger:
                 finished = done is None or bool(done)
         return state
 
+    def _start(self) -> tuple[list[Tensor], State]:
+        """The tensors that the whole model's statistics are of, and those before the first round."""
+        tensors = [t for t in self.plan.tensors if t.settings is not None and t.size]
+        if not tensors:
+            return [], ()
+        return tensors, self.plan.rule.start(sum(t.size for t in tensors), self.count, tensors[0].settings or {})
+
+    def _read_state(self, path: Path) -> State:
+        with np.load(path) as found:
+            leaves = [found[name] for name in found.files]
+        return jax.tree.unflatten(jax.tree.structure(self._start()[1]), leaves)
+
     def _search(self) -> State:
         """The whole model's statistics, round by round."""
-        tensors = [t for t in self.plan.tensors if t.settings is not None and t.size]
+        tensors, start = self._start()
         if not tensors:
             return ()
         jobs = [self._job(t) for t in tensors]
@@ -259,7 +303,6 @@ class Merger:
                     self._check(tensor, finite)
             checked = True
 
-        start = self.plan.rule.start(sum(t.size for t in tensors), self.count, tensors[0].settings or {})
         return self._rounds(jobs[0], start, data)
 
     def _job(self, tensor: Tensor) -> pieces.Job:

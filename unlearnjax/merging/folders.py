@@ -4,13 +4,14 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from unlearnjax.io.atomic import require_free, staged_folder
 from unlearnjax.io.card import merge_card
 from unlearnjax.io.huggingface import read_json
-from unlearnjax.merging.disk import Plan, merge_to
+from unlearnjax.io.resumable import resumable_folder
+from unlearnjax.merging.disk import STATISTICS, Plan, merge_to, written_files
 from unlearnjax.merging.job import Job
 
 # What a model folder holds besides weights: its configuration, tokenizer and chat template.
@@ -26,19 +27,35 @@ def merge_folders(
     command: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
     progress: Callable[[int], object] | None = None,
+    say: Callable[[str], object] = lambda message: None,
 ) -> None:
     """Write the merge as a folder that transformers loads: weights, the base's configuration and tokenizer, a card and
-    the recipe (merge.yml). The folder appears whole or not at all.
+    the recipe (merge.yml). The folder appears whole or not at all. After a crash, a full disk or Ctrl-C the same call
+    goes on from the weight files that were finished (see `unlearnjax.io.resumable`).
 
     Args:
       recipe: the YAML that the job was read from; None writes the job as YAML.
-      progress: called with the number of bytes read for each tensor.
+      progress: called with the number of bytes read, piece by piece.
+      say: told what an earlier try has left, and what this one leaves.
 
     Raises:
-      UserError: `out` is taken or cannot be written to; NaN or Inf in a model (its tensor is named).
+      UserError: `out` is taken or cannot be written to; an unfinished merge of other models or settings is there; NaN
+        or Inf in a model (its tensor is named).
     """
-    require_free(out)
-    with staged_folder(out) as staged:
+
+    def left(folder: Path) -> list[str]:
+        statistics = [STATISTICS] if (folder / STATISTICS).exists() else []
+        return statistics + written_files(folder, found, max_shard_bytes)
+
+    def worth_keeping(folder: Path) -> bool:
+        names = left(folder)
+        if names:
+            say(f"kept: {', '.join(names)} in {folder}; the same command goes on from there")
+        return bool(names)
+
+    with resumable_folder(out, _fingerprint(found, max_shard_bytes), worth_keeping) as staged:
+        if names := left(staged):
+            say(f"going on with what an earlier run has left: {', '.join(names)}")
         merge_to(staged, found, max_shard_bytes=max_shard_bytes, progress=progress)
         source = found.base.folder
         for pattern in BESIDE:
@@ -55,6 +72,18 @@ def merge_folders(
             title=Path(out).name, base_model=_models(found.job), method=describe(found), recipe=text, arguments=command
         )
         (staged / "README.md").write_text(card, "utf-8")
+
+
+def _fingerprint(found: Plan, max_shard_bytes: int) -> dict[str, Any]:
+    """All that the weight files depend on: job, inputs (by size and time), versions."""
+    files = {f.path: f.path.stat() for source in (found.base, *found.models) for f in source.files.values()}
+    return {
+        "job": job_yaml(found.job),
+        "semantics": found.rule.semantics,
+        "files": {str(path.resolve()): [stat.st_size, stat.st_mtime_ns] for path, stat in files.items()},
+        "max_shard_bytes": max_shard_bytes,
+        "versions": {name: version(name) for name in ("unlearnjax", "jax", "numpy")},
+    }
 
 
 def describe(found: Plan) -> str:

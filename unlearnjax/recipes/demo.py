@@ -15,6 +15,7 @@ from unlearnjax.data.rows import write_documents, write_rows
 from unlearnjax.data.synthetic import Corpus, make_corpus, tokenizer_texts
 from unlearnjax.errors import UserError
 from unlearnjax.io.atomic import remove_left_overs, require_free, staged_file
+from unlearnjax.io.fingerprint import difference
 from unlearnjax.io.huggingface import load_params
 from unlearnjax.models.abstract import init_params
 from unlearnjax.models.config import ModelConfig
@@ -28,7 +29,6 @@ from unlearnjax.recipes.run import CHECKPOINT_EVERY, run
 from unlearnjax.recipes.schema import Recipe
 from unlearnjax.report.schema import FILE as REPORT
 from unlearnjax.training.interrupt import Stop
-from unlearnjax.training.keeper import difference
 
 WIDTH, INNER, LAYERS, HEADS = 128, 384, 4, 4
 VOCABULARY = 1536

@@ -16,6 +16,7 @@ from unlearnjax.evaluation.protocol import evaluate_candidates
 from unlearnjax.evaluation.semeval import read_mmlu
 from unlearnjax.io.atomic import remove_left_overs, staged_file
 from unlearnjax.io.huggingface import check_dtype, load_params, resolve
+from unlearnjax.io.locks import lock_folder
 from unlearnjax.io.peft import load_adapter
 from unlearnjax.recipes.evaluate_step import Group, evaluate_full, measure_mmlu, write_mmlu
 from unlearnjax.recipes.parse import SUITES
@@ -31,7 +32,6 @@ from unlearnjax.recipes.progress import bars, say_by_warning
 from unlearnjax.recipes.resume import SCORING, claim, model_fingerprint, weights_sha256
 from unlearnjax.recipes.schema import Evaluation
 from unlearnjax.training.interrupt import Stop
-from unlearnjax.training.keeper import lock_folder
 
 
 def evaluate(

@@ -1,6 +1,5 @@
 """The checkpoints of one run: written in the background, the newest two kept, a damaged one passed over."""
 
-import fcntl
 import json
 import os
 import re
@@ -16,6 +15,8 @@ from jaxtyping import PyTree
 
 from unlearnjax.errors import UserError
 from unlearnjax.io.atomic import remove_left_overs, staged_file
+from unlearnjax.io.fingerprint import difference
+from unlearnjax.io.locks import lock_folder
 from unlearnjax.training.checkpoint import (
     FORMAT,
     MANIFEST,
@@ -29,24 +30,8 @@ from unlearnjax.training.checkpoint import (
 from unlearnjax.training.loop import Snapshot
 
 KEEP = 2
-FINGERPRINT, LOCK = "fingerprint.json", "lock"
+FINGERPRINT = "fingerprint.json"
 _NAME = re.compile(r"step-(\d{8,})")
-
-
-def difference(found: Any, ours: Any, path: str = "") -> str | None:
-    """The first place where two fingerprints differ, as `recipe.training.seed was 0, is 1`; None if they are equal."""
-    if isinstance(found, Mapping) and isinstance(ours, Mapping):
-        for key in [*ours, *(k for k in found if k not in ours)]:
-            inner = difference(found.get(key), ours.get(key), f"{path}.{key}" if path else str(key))
-            if inner is not None:
-                return inner
-        return None
-    if isinstance(found, list) and isinstance(ours, list) and len(found) == len(ours):
-        inners = (difference(a, b, f"{path}[{i}]") for i, (a, b) in enumerate(zip(found, ours)))
-        return next((inner for inner in inners if inner is not None), None)
-    if found == ours:
-        return None
-    return f"{path} was {str(found)[:60]!r}, is {str(ours)[:60]!r}"
 
 
 @dataclass
@@ -192,20 +177,3 @@ def _same_run(found: Any, ours: Any, place: Path) -> None:
             f"{place}: is of another run, and cannot be resumed by this one: {other}; "
             "give what that run was started with, or a new folder"
         )
-
-
-def lock_folder(folder: Path) -> int:
-    """Hold a folder until the descriptor returned is closed, or the process ends in whatever way.
-
-    Raises:
-      UserError: another process holds it; the message names the folder above it.
-    """
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(f"{folder.parent}: another process is working there; wait for it, or stop it first") from None
-    except OSError:
-        pass  # a file system without locks
-    return descriptor
