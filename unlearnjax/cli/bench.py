@@ -76,8 +76,8 @@ def _merges(a: argparse.Namespace, dtype: str) -> None:
             rows.add(shown, found)
     print(f"\n{found['device']} x {found['devices']}, {size} entries of {dtype} each. copies: in times that a copy of "
           "the N deltas takes;\na call: of merge(...) itself, which checks for NaN, and on a CPU finds thresholds "
-          "outside of the program.\nGB/s: N deltas read once and the result written; % of copy: of the bandwidth of that "
-          "copy.")  # fmt: skip
+          "outside of the program.\nGB/s: N deltas read once and the result written; % of copy: of the bandwidth of "
+          "that copy.")  # fmt: skip
 
 
 def _training(a: argparse.Namespace, dtype: str) -> None:
