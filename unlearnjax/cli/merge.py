@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 # Every number, flag and choice that some method takes. Written out, so that --help need not load the methods.
 NUMBERS = ("alpha", "density", "eps", "epsilon", "gamma", "lambda", "max_iter", "r", "rho", "scale", "select_topk", "t",
            "tol")  # fmt: skip
-FLAGS = ("filter_wise", "normalize", "normalize_weights", "nuslerp_flatten", "nuslerp_row_wise", "rescale")
+FLAGS = ("exact_k", "filter_wise", "normalize", "normalize_weights", "nuslerp_flatten", "nuslerp_row_wise", "rescale")
 CHOICES = ("average", "majority_sign_method", "merge_func", "origin")
 OWN = {"scale"}  # what the method calls scale is --passthrough-scale: --scale is the step's length
 

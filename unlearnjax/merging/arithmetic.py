@@ -71,7 +71,7 @@ def _start(sparsifier: Sparsifier) -> Any:
 
 
 def _unbiased(
-    sparsifier: Sparsifier, deltas: Float[Array, "N ..."], state: Sums, draws: Draws | None, settings: Settings
+    sparsifier: Sparsifier, deltas: Float[Array, "N ..."], state: Sums, draws: Draws, settings: Settings
 ) -> list[Float32[Array, "..."]]:
     """What stays, over its chance of staying."""
     if not sparsifier.needs_key:
@@ -108,7 +108,7 @@ def _properties(sparsifier: Sparsifier, elects: bool, identity: Sequence[tuple[s
 
 def _paper_sum(sparsifier: Sparsifier, source: str, divides: bool) -> Rule:
     def combine(
-        deltas: Float[Array, "N ..."], weights: Float32[Array, "N"], state: Sums, draws: Draws | None,
+        deltas: Float[Array, "N ..."], weights: Float32[Array, "N"], state: Sums, draws: Draws,
         base: Array | None, settings: Settings,
     ) -> Float32[Array, "..."]:  # fmt: skip
         value = elect.weighted_sum(_unbiased(sparsifier, deltas, state, draws, settings), weights)
@@ -128,7 +128,7 @@ def _paper_election(sparsifier: Sparsifier, source: str) -> Rule:
     assert not sparsifier.rounds, "the sparsifier's thresholds would become the tree's too"
 
     def combine(
-        deltas: Float[Array, "N ..."], weights: Float32[Array, "N"], state: Sums, draws: Draws | None,
+        deltas: Float[Array, "N ..."], weights: Float32[Array, "N"], state: Sums, draws: Draws,
         base: Array | None, settings: Settings,
     ) -> Float32[Array, "..."]:  # fmt: skip
         return settings["lambda"] * elect.paper(
@@ -136,7 +136,7 @@ def _paper_election(sparsifier: Sparsifier, source: str) -> Rule:
         )
 
     def count(
-        deltas: Float[Array, "N ..."], weights: Float32[Array, "N"], state: Sums, draws: Draws | None,
+        deltas: Float[Array, "N ..."], weights: Float32[Array, "N"], state: Sums, draws: Draws,
         base: Array | None, settings: Settings,
     ) -> Int32[Array, "2"]:  # fmt: skip
         kept = _unbiased(sparsifier, deltas, state, draws, settings)
@@ -157,7 +157,7 @@ def peft_rule(sparsifier: Sparsifier, source: str, elects: bool) -> Rule:
     """PEFT's: everything per tensor, weights as they are."""
 
     def combine(
-        deltas: Float[Array, "N ..."], weights: Float32[Array, "N"], state: Sums, draws: Draws | None,
+        deltas: Float[Array, "N ..."], weights: Float32[Array, "N"], state: Sums, draws: Draws,
         base: Array | None, settings: Settings,
     ) -> Float32[Array, "..."]:  # fmt: skip
         kept = _unbiased(sparsifier, deltas, state, draws, settings)
@@ -180,7 +180,7 @@ def mergekit_rule(sparsifier: Sparsifier, source: str, elects: bool, normalizes:
     """mergekit's generalised task arithmetic: everything per tensor; `normalizes` and `rescales` are defaults."""
 
     def combine(
-        deltas: Float[Array, "N ..."], weights: Float32[Array, "N"], state: Sums, draws: Draws | None,
+        deltas: Float[Array, "N ..."], weights: Float32[Array, "N"], state: Sums, draws: Draws,
         base: Array | None, settings: Settings,
     ) -> Float32[Array, "..."]:  # fmt: skip
         kept = [x for x, _ in sparsifier.apply(deltas, state.own, draws, settings)]
@@ -195,7 +195,7 @@ def mergekit_rule(sparsifier: Sparsifier, source: str, elects: bool, normalizes:
         return settings["lambda"] * (elect.divided(value, weights, 1e-8) if settings["normalize"] else value)
 
     def norms(
-        deltas: Float[Array, "N ..."], weights: Float32[Array, "N"], state: Sums, draws: Draws | None,
+        deltas: Float[Array, "N ..."], weights: Float32[Array, "N"], state: Sums, draws: Draws,
         base: Array | None, settings: Settings,
     ) -> Float32[Array, "N 2"]:  # fmt: skip
         if not settings["rescale"]:

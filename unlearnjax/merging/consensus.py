@@ -66,7 +66,7 @@ def _combined(conflict: bool) -> Callable[..., Float32[Array, "..."]]:
         deltas: Float[Array, "N ..."],
         weights: Float32[Array, "N"],
         state: State,
-        draws: Draws | None,
+        draws: Draws,
         base: Array | None,
         settings: Settings,
     ) -> Float32[Array, "..."]:

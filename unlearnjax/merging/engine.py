@@ -57,7 +57,7 @@ def run(
 
     def merged(leaf: Array, key: Array | None, base: Array | None, part: Part | None) -> Array:
         def tensor(deltas: Array, key: Array | None, base: Array | None) -> Float32[Array, "..."]:
-            return rule.combine(deltas, weights, state, draws_of(key, part), base, settings)
+            return rule.combine(deltas, weights, state, Draws.of(key, part), base, settings)
 
         return _stacked(tensor, stacked, leaf, key, base)
 
@@ -86,7 +86,7 @@ def _leaf(
     part: Part | None,
 ) -> Float[Array, "..."]:
     def tensor(deltas: Array, key: Array | None, base: Array | None) -> Float32[Array, "..."]:
-        draws = draws_of(key, part)
+        draws = Draws.of(key, part)
 
         def own_partials(round_: Round, state: State) -> Any:
             return reduce(round_.statistics(deltas, weights, state, draws, base, settings))
@@ -127,16 +127,12 @@ def _partials(
     for leaf, key, base, part in members:
 
         def one(deltas: Array, key: Array | None, base: Array | None, part: Part | None = part) -> Any:
-            return round_.statistics(deltas, weights, state, draws_of(key, part), base, settings)
+            return round_.statistics(deltas, weights, state, Draws.of(key, part), base, settings)
 
         found = _stacked(one, stacked, leaf, key, base)
         found = jax.tree.map(lambda p: jnp.sum(p, axis=tuple(range(stacked)), dtype=p.dtype), found)
         result = found if result is None else jax.tree.map(jnp.add, result, found)
     return result
-
-
-def draws_of(key: Array | None, part: Part | None) -> Draws | None:
-    return None if key is None else Draws.of(key, part)
 
 
 def _stacked(tensor: Callable[..., Any], stacked: int, leaf: Array, key: Array | None, base: Array | None) -> Any:

@@ -43,7 +43,7 @@ def _combine(
     deltas: Float[Array, "N ..."],
     weights: Float32[Array, "N"],
     state: State,
-    draws: Draws | None,
+    draws: Draws,
     base: Array | None,
     settings: Settings,
 ) -> Float32[Array, "..."]:
@@ -79,7 +79,7 @@ def _combine_models(
     deltas: Float[Array, "N ..."],
     weights: Float32[Array, "N"],
     state: State,
-    draws: Draws | None,
+    draws: Draws,
     base: Array | None,
     settings: Settings,
 ) -> Float32[Array, "..."]:
@@ -94,7 +94,7 @@ def _mean(
     deltas: Float[Array, "N ..."],
     weights: Float32[Array, "N"],
     state: State,
-    draws: Draws | None,
+    draws: Draws,
     base: Array | None,
     settings: Settings,
 ) -> Float32[Array, "..."]:

@@ -41,7 +41,7 @@ def _combine(
     deltas: Float[Array, "N ..."],
     weights: Float32[Array, "N"],
     state: State,
-    draws: Draws | None,
+    draws: Draws,
     base: Array | None,
     settings: Settings,
 ) -> Float32[Array, "..."]:

@@ -128,8 +128,8 @@ def _start(piece: Piece) -> np.uint32 | None:
     return None if piece.start is None else np.uint32(piece.start % 2**32)  # places count modulo 2**32
 
 
-def _draws(key: Array | None, start: Array | None) -> Draws | None:
-    return engine.draws_of(key, None if start is None else Part((2**32,), (start,)))
+def _draws(key: Array | None, start: Array | None) -> Draws:
+    return Draws.of(key, None if start is None else Part((2**32,), (start,)))
 
 
 def _round(rule: Rule, place: int, before: bool) -> Round:

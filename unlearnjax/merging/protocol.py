@@ -37,21 +37,23 @@ State = Any
 class Draws(NamedTuple):
     """A tensor's random numbers, the same however it is cut: they depend on the seed, the candidate and the place.
 
+    seed: None for rules that need no key.
     part: which part of the tensor the deltas at hand are; None is the whole.
     """
 
-    seed: UInt32[Array, "2"]
+    seed: UInt32[Array, "2"] | None
     part: dare.Part | None = None
 
     @classmethod
-    def of(cls, key: Array, part: dare.Part | None = None) -> "Draws":
+    def of(cls, key: Array | None, part: dare.Part | None = None) -> "Draws":
         """The numbers that belong to a JAX key of any implementation."""
-        return cls(jax.random.bits(key, (2,), jnp.uint32), part)
+        return cls(None if key is None else jax.random.bits(key, (2,), jnp.uint32), part)
 
     def kept(
         self, candidate: int, shape: tuple[int, ...], density: float | Float32[Array, "..."]
     ) -> Bool[Array, "..."]:
         """True with probability `density` (which may differ from entry to entry)."""
+        assert self.seed is not None  # `merge` asks for a key where a rule needs one
         places = dare.places(shape, self.part)
         return dare.kept(self.seed, candidate, places, jnp.asarray(density, jnp.float32))
 
@@ -116,7 +118,7 @@ class Properties(NamedTuple):
 class Round(NamedTuple):
     """One pass over the data, or passes until a condition holds.
 
-    statistics: (deltas[N, ...], weights[N], state, draws or None, base leaf or None, settings) -> partials, a pytree of
+    statistics: (deltas[N, ...], weights[N], state, draws, base leaf or None, settings) -> partials, a pytree of
         arrays that reduce by sum.
     update: (state, summed partials, settings) -> state of the same structure, shapes and dtypes.
     until: (state) -> bool []; None: one pass. Where it holds before the first pass, there is none.
@@ -126,7 +128,7 @@ class Round(NamedTuple):
     """
 
     statistics: Callable[
-        [Float[Array, "N ..."], Float32[Array, "N"], State, Draws | None, Float[Array, "..."] | None, Settings], Any
+        [Float[Array, "N ..."], Float32[Array, "N"], State, Draws, Float[Array, "..."] | None, Settings], Any
     ]
     update: Callable[[State, Any, Settings], State]
     until: Callable[[State], Bool[Array, ""]] | None = None
@@ -199,7 +201,7 @@ def _any_weights(weights: np.ndarray, settings: Settings) -> str | None:
 class Rule(NamedTuple):
     """One definition of a method.
 
-    combine: (deltas[N, ...], weights[N], state, draws or None, base leaf or None, settings) -> float32 delta [...].
+    combine: (deltas[N, ...], weights[N], state, draws, base leaf or None, settings) -> float32 delta [...].
     start: (entries per candidate in one unit of `scope`, N, settings) -> the state before the first round. It is called
         outside jit with hyperparameters exactly as the user gave them, so that `int(density * size)` is computed in
         double precision when density is a Python float; it must also accept traced numbers.

@@ -41,7 +41,7 @@ def _counts(
     deltas: Float[Array, "N ..."],
     weights: Float32[Array, "N"],
     state: State,
-    draws: Draws | None,
+    draws: Draws,
     base: Array | None,
     settings: Settings,
 ) -> Int32[Array, "N 2 2"]:
@@ -65,7 +65,7 @@ def _combine(gains: bool) -> Callable[..., Float32[Array, "..."]]:
         deltas: Float[Array, "N ..."],
         weights: Float32[Array, "N"],
         state: State,
-        draws: Draws | None,
+        draws: Draws,
         base: Array | None,
         settings: Settings,
     ) -> Float32[Array, "..."]:

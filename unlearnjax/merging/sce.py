@@ -57,7 +57,7 @@ def _combine(guard: float) -> Callable[..., Float32[Array, "..."]]:
         deltas: Float[Array, "N ..."],
         weights: Float32[Array, "N"],
         state: State,
-        draws: Draws | None,
+        draws: Draws,
         base: Array | None,
         settings: Settings,
     ) -> Float32[Array, "..."]:

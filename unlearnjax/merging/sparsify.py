@@ -13,7 +13,7 @@ from unlearnjax_kernels.threshold import api as threshold
 
 from unlearnjax.merging import trim
 from unlearnjax.merging.protocol import Draws, Hyperparameter, Round, Settings, State, candidates, each, of_state
-from unlearnjax.merging.trim import DENSITY, Trim
+from unlearnjax.merging.trim import DENSITY, EXACT_K, Trim
 
 GAMMA = Hyperparameter(
     "gamma", "share of the largest entries that is dropped", default=0.01, low=0.0, high=1.0, per_candidate=True
@@ -31,7 +31,7 @@ class Sparsifier(NamedTuple):
     """
 
     apply: Callable[
-        [Float[Array, "N ..."], State, Draws | None, Settings],
+        [Float[Array, "N ..."], State, Draws, Settings],
         list[tuple[Float32[Array, "..."], Float32[Array, "..."]]],
     ]
     hyperparameters: tuple[Hyperparameter, ...] = ()
@@ -42,34 +42,29 @@ class Sparsifier(NamedTuple):
 
 
 def _whole(
-    deltas: Float[Array, "N ..."], state: State, draws: Draws | None, settings: Settings
+    deltas: Float[Array, "N ..."], state: State, draws: Draws, settings: Settings
 ) -> list[tuple[Float32[Array, "..."], Float32[Array, "..."]]]:
     return [(delta, jnp.float32(1)) for delta in candidates(deltas)]
 
 
 def _largest(
-    deltas: Float[Array, "N ..."], state: Trim, draws: Draws | None, settings: Settings
+    deltas: Float[Array, "N ..."], state: Trim, draws: Draws, settings: Settings
 ) -> list[tuple[Float32[Array, "..."], Float32[Array, "..."]]]:
-    return [(delta, jnp.float32(1)) for delta in trim.trimmed(deltas, state)]
-
-
-def _drawn(draws: Draws | None) -> Draws:
-    assert draws is not None  # `merge` asks for a key where a rule needs one
-    return draws
+    return [(delta, jnp.float32(1)) for delta in trim.trimmed(deltas, state, draws)]
 
 
 def _random(
-    deltas: Float[Array, "N ..."], state: State, draws: Draws | None, settings: Settings
+    deltas: Float[Array, "N ..."], state: State, draws: Draws, settings: Settings
 ) -> list[tuple[Float32[Array, "..."], Float32[Array, "..."]]]:
     chances = [jnp.asarray(density, jnp.float32) for density in each(settings["density"], deltas.shape[0])]
     return [
-        (jnp.where(_drawn(draws).kept(i, delta.shape, chances[i]), delta, jnp.float32(0)), chances[i])
+        (jnp.where(draws.kept(i, delta.shape, chances[i]), delta, jnp.float32(0)), chances[i])
         for i, delta in enumerate(candidates(deltas))
     ]
 
 
 def _random_ranks(
-    deltas: Float[Array, "N ..."], state: State, draws: Draws | None, settings: Settings
+    deltas: Float[Array, "N ..."], state: State, draws: Draws, settings: Settings
 ) -> list[tuple[Float32[Array, "..."], Float32[Array, "..."]]]:
     """Chances from density - epsilon for a row's smallest entry to density + epsilon for its largest, by rank."""
     pairs = zip(*(each(settings[name], deltas.shape[0]) for name in ("density", "epsilon")), strict=True)
@@ -79,7 +74,7 @@ def _random_ranks(
         # The codes refuse chances outside (0, 1); a traced pair cannot be refused, and density 1 keeps everything.
         epsilon = jnp.minimum(epsilon, jnp.minimum(density, 1 - density))
         chance = density - epsilon + 2 * epsilon * _ranks(jnp.abs(delta))
-        kept = _drawn(draws).kept(i, delta.shape, chance)
+        kept = draws.kept(i, delta.shape, chance)
         found.append((jnp.where(kept, delta, jnp.float32(0)), chance))
     return found
 
@@ -148,7 +143,7 @@ def _band_settled(state: Band) -> bool:
 
 
 def _inside(
-    deltas: Float[Array, "N ..."], state: Band, draws: Draws | None, settings: Settings
+    deltas: Float[Array, "N ..."], state: Band, draws: Draws, settings: Settings
 ) -> list[tuple[Float32[Array, "..."], Float32[Array, "..."]]]:
     masks = zip(trim.reaches(deltas, state.outer), trim.reaches(deltas, state.inner), strict=True)
     return [
@@ -161,7 +156,7 @@ _SAMPLE = of_state(lambda deltas, state: tuple(threshold.sample(deltas, t.search
 _COUNT = of_state(lambda deltas, state: tuple(threshold.count(deltas, t.search) for t in state))
 
 WHOLE = Sparsifier(_whole)
-LARGEST = Sparsifier(_largest, (DENSITY,), trim.start, trim.ROUNDS)
+LARGEST = Sparsifier(_largest, (DENSITY, EXACT_K), trim.start, (*trim.ROUNDS, trim.CUT))
 RANDOM = Sparsifier(_random, (DENSITY,), needs_key=True)
 RANDOM_RANKS = Sparsifier(_random_ranks, (DENSITY, EPSILON), needs_key=True, elementwise=False)
 INSIDE = Sparsifier(

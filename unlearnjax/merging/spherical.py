@@ -87,7 +87,7 @@ def _statistics(
     deltas: Float[Array, "N ..."],
     weights: Float32[Array, "N"],
     state: Gram,
-    draws: Draws | None,
+    draws: Draws,
     base: Array | None,
     settings: Settings,
 ) -> Gram:
@@ -117,7 +117,7 @@ def _combine(coefficients: Coefficients) -> Callable[..., Float32[Array, "..."]]
         deltas: Float[Array, "N ..."],
         weights: Float32[Array, "N"],
         state: Gram,
-        draws: Draws | None,
+        draws: Draws,
         base: Array | None,
         settings: Settings,
     ) -> Float32[Array, "..."]:
@@ -133,7 +133,7 @@ def _rows(coefficients: Coefficients, flag: str, whole: bool) -> Callable[..., F
         deltas: Float[Array, "N ..."],
         weights: Float32[Array, "N"],
         state: Gram,
-        draws: Draws | None,
+        draws: Draws,
         base: Array | None,
         settings: Settings,
     ) -> Float32[Array, "..."]:

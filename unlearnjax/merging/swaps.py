@@ -31,7 +31,7 @@ def _nearswap(
     deltas: Float[Array, "1 ..."],
     weights: Float32[Array, "1"],
     state: State,
-    draws: Draws | None,
+    draws: Draws,
     base: Array | None,
     settings: Settings,
 ) -> Float32[Array, "..."]:
@@ -43,7 +43,7 @@ def _fusion(
     deltas: Float[Array, "1 ..."],
     weights: Float32[Array, "1"],
     state: State,
-    draws: Draws | None,
+    draws: Draws,
     base: Array | None,
     settings: Settings,
 ) -> Float32[Array, "..."]:
@@ -70,7 +70,7 @@ def _passthrough(
     deltas: Float[Array, "1 ..."],
     weights: Float32[Array, "1"],
     state: State,
-    draws: Draws | None,
+    draws: Draws,
     base: Array | None,
     settings: Settings,
 ) -> Float32[Array, "..."]:

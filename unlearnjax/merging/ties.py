@@ -71,11 +71,11 @@ def _count_signs(
     deltas: Float[Array, "N ..."],
     weights: Float32[Array, "N"],
     state: TiesState,
-    draws: Any,
+    draws: Draws,
     base: Any,
     settings: Settings,
 ) -> Int32[Array, "2"]:
-    votes = elect.weighted_sum(trim.trimmed(deltas, state.trim), elect.relative(weights))
+    votes = elect.weighted_sum(trim.trimmed(deltas, state.trim, draws), elect.relative(weights))
     return threshold.to_limbs(jnp.sum(jnp.sign(votes).astype(jnp.int32), dtype=jnp.int32))
 
 
@@ -87,7 +87,7 @@ def _combine_paper(
     deltas: Float[Array, "N ..."],
     weights: Float32[Array, "N"],
     state: TiesState,
-    draws: Draws | None,
+    draws: Draws,
     base: Array | None,
     settings: Settings,
 ) -> Float32[Array, "..."]:
@@ -98,12 +98,12 @@ def _combine_fusion_bench(
     deltas: Float[Array, "N ..."],
     weights: Float32[Array, "N"],
     state: TiesState,
-    draws: Draws | None,
+    draws: Draws,
     base: Array | None,
     settings: Settings,
 ) -> Float32[Array, "..."]:
-    weighted = [weights[i] * delta for i, delta in enumerate(trim.trimmed(deltas, state.trim))]
-    votes = elect.weighted_sum(trim.trimmed(deltas, state.trim), elect.relative(weights))
+    weighted = [weights[i] * delta for i, delta in enumerate(trim.trimmed(deltas, state.trim, draws))]
+    votes = elect.weighted_sum(trim.trimmed(deltas, state.trim, draws), elect.relative(weights))
     elected = jnp.where(votes == 0, state.majority.astype(jnp.float32), jnp.sign(votes))
     kept = [jnp.where(jnp.where(elected > 0, x > 0, x < 0), x, jnp.float32(0)) for x in weighted]
     if settings["merge_func"] == "max":
