@@ -162,3 +162,15 @@ def test_other_modules_are_named(root, tmp_path, capsys):
     argv = ["merge", "--models", str(root / "one"), str(tmp_path / "q"), "--method", "linear", "--dry-run"]
     assert main(argv) == 2
     assert "module 'model.layers.0.mlp.up_proj' is in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "word"), [({"use_dora": True}, "use_dora"), ({"bias": "lora_only"}, "bias"), ({"bias": "all"}, "bias")]
+)
+def test_dora_and_bias_are_refused_by_name(root, tmp_path, capsys, given, word):
+    peft = get_peft_model(model(), LoraConfig(target_modules=["q_proj", "up_proj"], r=4, **given))
+    peft.save_pretrained(tmp_path / "other")
+    argv = ["merge", "--models", str(root / "one"), str(tmp_path / "other"), "--method", "linear"]
+    assert main([*argv, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert word in error and str(tmp_path / "other") in error and not (tmp_path / "out").exists()
