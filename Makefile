@@ -6,10 +6,12 @@ OUT ?= demo-out
 
 .PHONY: demo test check peers clean
 
+# libtpu (a compiler for TPUs; none is needed) lies apart: JAX would look for a TPU whenever it can import it.
 # torch first and by its exact version: a range would fetch the newest build, with several GB of CUDA packages.
 .venv/.test: .venv/.base
 	$(PIP) torch==2.13.0
 	$(PIP) -e '.[test]'
+	$(PIP) --target .venv/tpu --upgrade libtpu || echo "no libtpu for this platform: tests that compile for TPUs skip"
 	touch $@
 
 .venv/.base: pyproject.toml constraints.txt
