@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from unlearnjax_kernels.threshold import api, host, reference, shapes, xla
+from unlearnjax_kernels.threshold import api, host, passes, reference, shapes, xla
 
 from tests.kernels.base import KernelTestBase
 
@@ -58,6 +58,52 @@ def test_the_host_finds_what_a_sort_finds(dtype):
     assert (nothing == xla.NOTHING).all() and (everything == 0).all()
     mixed = host.found(leaves, np.array([[1 + i, 0] for i in range(len(flat))]))  # each candidate with its own k
     np.testing.assert_array_equal(np.asarray(mixed.low).view(np.float32), np.diagonal(falling))
+
+
+def in_passes(leaves, k, sample):
+    """`passes.found` with a sample of one in `sample`, and how often everything was read."""
+    read = []
+
+    def arrays(one_in):
+        read.append(one_in)
+        for leaf in leaves:
+            flat = leaf.reshape(len(leaf), -1)
+            yield flat[:, : max(flat.shape[1] // sample, 1)] if len(read) == 1 else flat
+
+    keep = np.array([[k & 0xFFFF, k >> 16]] * len(leaves[0]))
+    found = passes.found(arrays, keep, entries(leaves))
+    assert len(read) == 2 and read[1] == 1
+    return found
+
+
+@pytest.mark.parametrize("numbers", ["normal", "many equal", "bfloat16 differences", "one value", "half zero"])
+def test_one_pass_finds_what_a_sort_finds(numbers, monkeypatch):
+    monkeypatch.setattr(passes, "_HELD", 500)  # so that equal ones are counted on the way
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 60_000)).astype(np.float32)
+    if numbers == "many equal":
+        x = np.round(x)
+    elif numbers == "bfloat16 differences":
+        base = rng.normal(size=60_000).astype(np.float32)
+        wide = lambda x: np.float32(x.astype(jnp.bfloat16))  # noqa: E731
+        x = wide(base + 0.01 * x) - wide(base)
+    elif numbers == "one value":
+        x = np.where(x > 0, np.float32(0.7), np.float32(-0.7))
+    elif numbers == "half zero":
+        x = np.where(x > 0, x, np.float32(0))
+    leaves = [x[:, :20_000], x[:, 20_000:20_001], x[:, 20_001:].reshape(2, -1, 1)]
+    falling = -np.sort(-np.abs(x), axis=1)
+    for k in (1, 2, 12_000, 30_000, 59_999, 60_000):
+        found = in_passes(leaves, k, sample=8)
+        assert found is not None and host.settled(found)
+        kept = np.abs(x) >= np.asarray(found.low).view(np.float32)[:, None]
+        np.testing.assert_array_equal(kept, np.abs(x) >= falling[:, k - 1 : k])
+    assert (np.asarray(in_passes(leaves, 0, sample=8).low) == xla.NOTHING).all()
+
+
+def test_a_sample_that_leads_astray_is_noticed():
+    x = np.sort(np.random.default_rng(0).normal(size=(1, 50_000)).astype(np.float32))  # its beginning is not like it
+    assert in_passes([x], 10_000, sample=16) is None
 
 
 def test_ties_with_the_kth_are_all_kept():

@@ -66,7 +66,11 @@ class Plan(NamedTuple):
     def passes(self) -> int:
         """About how often every merged tensor is read: a search for thresholds takes as many passes as it needs."""
         rounds = self.rule.rounds if self.rule.scope == "tree" else ()
-        passes = [1 if r.until is None else SEARCH_PASSES * (1 if r.before is None else 2) for r in rounds]
+        quick = jax.default_backend() == "cpu"  # and a part of a pass, for a sample
+        passes = [
+            1 if r.until is None or (quick and r.at_once) else SEARCH_PASSES * (1 if r.before is None else 2)
+            for r in rounds
+        ]
         return 1 + sum(passes)
 
     @property
@@ -303,6 +307,19 @@ class Merger:
                     self._check(tensor, finite)
             checked = True
 
+        def arrays(one_in: int) -> Iterator[np.ndarray]:
+            piece = self.piece if one_in == 1 else max(self.piece // one_in, 1)
+            # As many pieces as in a whole pass, of each its beginning.
+            reads = self._reads(tensors, piece)
+            for tensor in tensors:
+                for part in itertools.islice(reads, self._number(tensor)):
+                    deltas, finite = pieces.deltas_of(part)
+                    if one_in == 1:
+                        self._check(tensor, finite)
+                    yield np.asarray(deltas)[:, : part.size]
+
+        if jax.default_backend() == "cpu":
+            start = host.at_once(self.plan.rule, arrays, start, tensors[0].settings or {})
         return self._rounds(jobs[0], start, data)
 
     def _job(self, tensor: Tensor) -> pieces.Job:
@@ -315,8 +332,10 @@ class Merger:
         )
         return pieces.Job(rule, static, numbers, weights, key, factor, str(tensor.dtype))
 
-    def _reads(self, tensors: Sequence[Tensor]) -> Iterator[Any]:
-        """For each tensor its pieces; or its base, where it is not merged. Read ahead."""
+    def _reads(self, tensors: Sequence[Tensor], piece: int | None = None) -> Iterator[Any]:
+        """For each tensor its pieces, or of each the first `piece` entries; or its base, where it is not merged. Read
+        ahead."""
+        room = self.piece if piece is None else piece
 
         def tasks() -> Iterator[Callable[[], Any]]:
             for tensor in tensors:
@@ -326,7 +345,7 @@ class Merger:
                     yield functools.partial(self._whole, tensor)
                 else:
                     for start, stop in pieces.cut(tensor.size, self.piece):
-                        yield functools.partial(self._piece, tensor, start, stop)
+                        yield functools.partial(self._piece, tensor, start, min(stop, start + room), room)
 
         return pieces.ahead(self.reader, tasks(), pieces.AHEAD if self.in_pieces else 1)
 
@@ -346,9 +365,10 @@ class Merger:
         """How many pieces it has."""
         return -(-tensor.size // self.piece) if self.in_pieces else 1
 
-    def _piece(self, tensor: Tensor, start: int, stop: int) -> Piece:
+    def _piece(self, tensor: Tensor, start: int, stop: int, room: int) -> Piece:
+        counted = stop - start if room == self.piece else 0  # a sample is not part of the total
         base, *models = (
-            self._count(pieces.filled(source, tensor.name, start, stop, self.piece), stop - start)
+            self._count(pieces.filled(source, tensor.name, start, stop, room), counted)
             for source in (self.plan.base, *self.plan.models)
         )
         return Piece(start, stop - start, base, models)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from unlearnjax.merging.protocol import Rule, Settings, State
+from unlearnjax.merging.protocol import Leaves, Rule, Settings, State
 
 
 def settle(rule: Rule, leaves: Sequence[Float[Array, "N ..."]], starts: list[State], settings: Settings) -> list[State]:
@@ -23,12 +23,14 @@ def settle(rule: Rule, leaves: Sequence[Float[Array, "N ..."]], starts: list[Sta
     return [at_once(rule, group, state, settings) for group, state in zip(groups, starts, strict=True)]
 
 
-def at_once(rule: Rule, leaves: Sequence[np.ndarray], state: State, settings: Settings) -> State:
+def at_once(rule: Rule, leaves: Leaves, state: State, settings: Settings) -> State:
     """The state after the first rounds of one unit of the rule's scope."""
     for round_ in rule.rounds:
         if round_.at_once is None:
             break
         state = round_.at_once(leaves, state, settings)
+        if not round_.settled(state):
+            break
     return state
 
 

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, UInt32
 from unlearnjax_kernels.dare import api as dare
+from unlearnjax_kernels.threshold.passes import Passes
 
 Scope = Literal["leaf", "tree"]
 Space = Literal["delta", "core", "factors"]
@@ -115,6 +116,10 @@ class Properties(NamedTuple):
     """There is an `Accumulator`: candidates can be taken one at a time, in the memory of one."""
 
 
+Leaves = Sequence[np.ndarray] | Passes
+"""Arrays [N, ...], or what gives them one after another, as often as it is called."""
+
+
 class Round(NamedTuple):
     """One pass over the data, or passes until a condition holds.
 
@@ -123,7 +128,8 @@ class Round(NamedTuple):
     update: (state, summed partials, settings) -> state of the same structure, shapes and dtypes.
     until: (state) -> bool []; None: one pass. Where it holds before the first pass, there is none.
     before: a round that goes before each of the passes.
-    at_once: (leaves [N, ...] in a CPU's memory, state, settings) -> the state after the round, not by sums but faster.
+    at_once: (leaves in a CPU's memory, state, settings) -> the state after the round, not by sums but faster; or the
+        state as it was, where that did not succeed.
     settled: (state) -> whether `at_once` made it, which a program must know when it is compiled.
     """
 
@@ -133,7 +139,7 @@ class Round(NamedTuple):
     update: Callable[[State, Any, Settings], State]
     until: Callable[[State], Bool[Array, ""]] | None = None
     before: "Round | None" = None
-    at_once: Callable[[Sequence[np.ndarray], State, Settings], State] | None = None
+    at_once: Callable[[Leaves, State, Settings], State] | None = None
     settled: Callable[[State], bool] = lambda state: False
 
 
@@ -159,7 +165,7 @@ def rounds_on(field: str, rounds: tuple[Round, ...]) -> tuple[Round, ...]:
         def of_field(value: Callable[[Any], Any]) -> Callable[[Any], Any]:
             return lambda state: value(getattr(state, field))
 
-        def at_once(leaves: Sequence[np.ndarray], state: Any, settings: Settings) -> Any:
+        def at_once(leaves: Leaves, state: Any, settings: Settings) -> Any:
             assert inner.at_once is not None
             return state._replace(**{field: inner.at_once(leaves, getattr(state, field), settings)})
 

@@ -3,16 +3,25 @@
 A sparsifier decides per candidate which entries stay; `arithmetic` joins it with a sum or an election.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int32
 from unlearnjax_kernels.threshold import api as threshold
 
 from unlearnjax.merging import trim
-from unlearnjax.merging.protocol import Draws, Hyperparameter, Round, Settings, State, candidates, each, of_state
+from unlearnjax.merging.protocol import (
+    Draws,
+    Hyperparameter,
+    Leaves,
+    Round,
+    Settings,
+    State,
+    candidates,
+    each,
+    of_state,
+)
 from unlearnjax.merging.trim import DENSITY, EXACT_K, Trim
 
 GAMMA = Hyperparameter(
@@ -134,7 +143,7 @@ def _band_done(state: Band) -> Bool[Array, ""]:
     return jnp.stack([threshold.done(t.search, t.keep) for t in state]).all()
 
 
-def _band_at_once(leaves: Sequence[np.ndarray], state: Band, settings: Settings) -> Band:
+def _band_at_once(leaves: Leaves, state: Band, settings: Settings) -> Band:
     return Band(*(trim.at_once(leaves, t, settings) for t in state))
 
 

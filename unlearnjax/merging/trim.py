@@ -6,17 +6,16 @@ k = int(density * size) in double precision, as in those codes. A density that i
 float32: its k may differ by about 6e-8 * size.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int32
 from unlearnjax_kernels.threshold import api as threshold
-from unlearnjax_kernels.threshold import host
+from unlearnjax_kernels.threshold import host, passes
 
 from unlearnjax.merging import exact
-from unlearnjax.merging.protocol import Draws, Hyperparameter, Round, Settings, candidates, each, of_state
+from unlearnjax.merging.protocol import Draws, Hyperparameter, Leaves, Round, Settings, candidates, each, of_state
 
 DENSITY = Hyperparameter(
     "density", "share of each delta's entries that is kept", low=0.0, high=1.0, low_open=True, per_candidate=True
@@ -64,8 +63,13 @@ def _done(state: Trim) -> Bool[Array, ""]:
     return jnp.all(threshold.done(state.search, state.keep))
 
 
-def at_once(leaves: Sequence[np.ndarray], state: Trim, settings: Settings) -> Trim:
-    return state._replace(search=host.found(leaves, np.asarray(state.keep)))
+def at_once(leaves: Leaves, state: Trim, settings: Settings) -> Trim:
+    keep = np.asarray(state.keep)
+    if not callable(leaves):
+        return state._replace(search=host.found(leaves, keep))
+    low, high = np.asarray(state.search.at_low[0], np.int64)  # all entries: no pass has been made
+    found = passes.found(leaves, keep, int((high << 16) + low))
+    return state if found is None else state._replace(search=found)
 
 
 def settled(state: Trim) -> bool:
@@ -94,9 +98,10 @@ def _cut_done(state: Trim) -> Bool[Array, ""]:
     return exact.done(state.cut)
 
 
-def _cut_at_once(leaves: Sequence[np.ndarray], state: Trim, settings: Settings) -> Trim:
+def _cut_at_once(leaves: Leaves, state: Trim, settings: Settings) -> Trim:
     if state.cut is None:
         return state
+    assert not callable(leaves)  # the thresholds are each tensor's own
     return state._replace(cut=exact.at_once(leaves, np.asarray(state.search.low), np.asarray(state.keep)))
 
 

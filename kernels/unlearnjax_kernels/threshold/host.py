@@ -28,7 +28,8 @@ def threads() -> int:
 
 
 @functools.cache
-def _workers() -> ThreadPoolExecutor:
+def workers() -> ThreadPoolExecutor:
+    """A thread for each core."""
     return ThreadPoolExecutor(threads(), "threshold")
 
 
@@ -45,7 +46,11 @@ def found(leaves: Sequence[np.ndarray], keep: np.ndarray) -> Search:
     keep = np.asarray(keep, np.int64)
     counts = (keep[:, 1] << 16) + keep[:, 0]
     one = lambda i, k: _kth([leaf[i] for leaf in leaves], k)  # noqa: E731
-    low = np.array(list(_workers().map(one, range(counts.size), counts.tolist())), np.uint32)
+    return finished(np.array(list(workers().map(one, range(counts.size), counts.tolist())), np.uint32))
+
+
+def finished(low: np.ndarray) -> Search:
+    """The search that has found these patterns."""
     nothing = np.zeros((low.size, 2), np.int32)
     pivots, evenly = np.zeros((low.size, 0), np.uint32), np.zeros(low.size, bool)
     return Search(low, low + np.uint32(1), nothing, nothing, pivots, evenly)  # type: ignore[arg-type]
@@ -62,16 +67,16 @@ def _kth(parts: Sequence[np.ndarray], k: int) -> int:
         return NOTHING
     if k >= size:
         return 0
-    bits = _scratch(size)
+    bits = scratch(size)
     place = 0
     for part in parts:
-        _magnitude_bits(part, bits[place : place + part.size])
+        magnitude_bits(part, bits[place : place + part.size])
         place += part.size
     bits.partition(size - k)
     return int(bits[size - k])
 
 
-def _scratch(size: int) -> np.ndarray:
+def scratch(size: int) -> np.ndarray:
     """Uninitialised memory. A thread keeps what is not very large: the first touch of new memory takes longer than all
     the rest."""
     if size > _KEPT:
@@ -81,7 +86,8 @@ def _scratch(size: int) -> np.ndarray:
     return _own.bits[:size]
 
 
-def _magnitude_bits(x: np.ndarray, out: np.ndarray) -> None:
+def magnitude_bits(x: np.ndarray, out: np.ndarray) -> None:
+    """The float32 bit patterns of |x|, row-major, into `out`."""
     flat = x.reshape(-1)
     if flat.dtype == np.float32:
         np.bitwise_and(flat.view(np.uint32), _MAGNITUDE, out=out)
