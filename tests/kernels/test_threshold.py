@@ -101,6 +101,15 @@ def test_one_pass_finds_what_a_sort_finds(numbers, monkeypatch):
     assert (np.asarray(in_passes(leaves, 0, sample=8).low) == xla.NOTHING).all()
 
 
+def test_large_arrays_are_searched_in_chunks(monkeypatch):
+    x = np.random.default_rng(0).normal(size=(2, 3, 10_000)).astype(np.float32)
+    monkeypatch.setattr(passes, "_CHUNK", 777)
+    monkeypatch.setattr(passes, "_SAMPLE", 5000)
+    keep = np.array([[9000, 0], [20, 0]])
+    found = passes.found(passes.through([x[:, :1], x[:, 1:]]), keep, 30_000)
+    np.testing.assert_array_equal(np.asarray(found.low), np.asarray(host.found([x], keep).low))
+
+
 def test_a_sample_that_leads_astray_is_noticed():
     x = np.sort(np.random.default_rng(0).normal(size=(1, 50_000)).astype(np.float32))  # its beginning is not like it
     assert in_passes([x], 10_000, sample=16) is None

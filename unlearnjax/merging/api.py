@@ -99,7 +99,7 @@ def merge_stacked(
     static = {p.name: settings[p.name] for p in rule.hyperparameters if p.static}
     numbers = {p.name: jnp.asarray(settings[p.name], jnp.float32) for p in rule.hyperparameters if not p.static}
     starts = _starts(rule, leaves, n, settings, stacked)
-    if stacked == 0:
+    if stacked == 0 or rule.scope == "tree":
         starts = host.settle(rule, leaves, starts, settings)
     merged = _compiled(rule, tuple(static.items()), stacked)(leaves, weights, starts, keys, bases, numbers)
     return jax.tree.unflatten(treedef, merged)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
-from unlearnjax_kernels.threshold.host import threads
+from unlearnjax_kernels.threshold.host import KEPT, threads
 
 from unlearnjax.errors import UserError, check_known
 from unlearnjax.io.atomic import staged_file
@@ -105,7 +105,7 @@ class Plan(NamedTuple):
         moving = piece_size(largest) * 4 * count * (pieces.AHEAD + 5)
         own = self.rule.rounds and self.rule.scope == "leaf"
         scratch = min(len(self.models), threads()) if own and self.rule.rounds[0].at_once is not None else 0
-        return moving + 4 * max(largest * (count + scratch) if own else 0, kept * (pieces.AHEAD + 1))
+        return moving + 4 * max(largest * count + scratch * min(largest, KEPT) if own else 0, kept * (pieces.AHEAD + 1))
 
 
 def plan(job: Job) -> Plan:

@@ -65,11 +65,13 @@ def _done(state: Trim) -> Bool[Array, ""]:
 
 def at_once(leaves: Leaves, state: Trim, settings: Settings) -> Trim:
     keep = np.asarray(state.keep)
-    if not callable(leaves):
-        return state._replace(search=host.found(leaves, keep))
-    low, high = np.asarray(state.search.at_low[0], np.int64)  # all entries: no pass has been made
-    found = passes.found(leaves, keep, int((high << 16) + low))
-    return state if found is None else state._replace(search=found)
+    if callable(leaves):
+        low, high = np.asarray(state.search.at_low[0], np.int64)  # all entries: no pass has been made
+        found = passes.found(leaves, keep, int((high << 16) + low))
+        return state if found is None else state._replace(search=found)
+    size = sum(leaf[0].size for leaf in leaves)
+    found = passes.found(passes.through(leaves), keep, size) if size > host.KEPT else None
+    return state._replace(search=host.found(leaves, keep) if found is None else found)
 
 
 def settled(state: Trim) -> bool:

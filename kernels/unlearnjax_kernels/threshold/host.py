@@ -17,7 +17,7 @@ import numpy as np
 from unlearnjax_kernels.threshold.xla import NOTHING, Search
 
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
-_KEPT = 1 << 24  # entries of scratch that a thread keeps (64 MiB)
+KEPT = 1 << 24  # entries of scratch that a thread keeps (64 MiB); more are better searched in passes
 _own = threading.local()
 _CHUNK = 1 << 16  # entries that stay in a core's cache
 
@@ -79,7 +79,7 @@ def _kth(parts: Sequence[np.ndarray], k: int) -> int:
 def scratch(size: int) -> np.ndarray:
     """Uninitialised memory. A thread keeps what is not very large: the first touch of new memory takes longer than all
     the rest."""
-    if size > _KEPT:
+    if size > KEPT:
         return np.empty(size, np.uint32)
     if getattr(_own, "bits", None) is None or _own.bits.size < size:
         _own.bits = np.empty(size, np.uint32)

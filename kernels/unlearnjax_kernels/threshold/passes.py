@@ -7,7 +7,7 @@ k-th itself.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,6 +21,7 @@ Passes = Callable[[int], Iterable[np.ndarray]]
 _SAMPLE = 1 << 22  # entries of each candidate, about
 _DEVIATIONS = 8  # between the sample's quantile and a bound: neighbouring entries are alike
 _SHARE = 1e-3  # of the sample between them, at least
+_CHUNK = 1 << 18
 _HELD = 1 << 22  # entries between the bounds that are kept apart; of more, equal ones are counted
 
 
@@ -72,6 +73,18 @@ class _Bracket:
             return int(self.values[::-1][np.searchsorted(reach, missing)])
         missing -= int(reach[-1]) if reach.size else 0
         return self.low if missing <= self.on_low else None
+
+
+def through(leaves: Sequence[np.ndarray]) -> Passes:
+    """Arrays in memory in chunks that stay in a core's cache."""
+
+    def passes(one_in: int) -> Iterator[np.ndarray]:
+        for leaf in leaves:
+            flat = leaf.reshape(len(leaf), -1)
+            for start in range(0, flat.shape[1], _CHUNK):
+                yield flat[:, start : start + _CHUNK : one_in]
+
+    return passes
 
 
 def found(passes: Passes, keep: np.ndarray, size: int) -> Search | None:
