@@ -8,6 +8,7 @@ merge_memory.py. A counting pass (`hits`) reads its input once; a search (`kth_m
 """
 
 import argparse
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -45,9 +46,7 @@ def jobs(dtype: str, smoke: bool) -> Iterator[tuple[str, str, Any, dict[str, Cal
         size = x[0].size
         pivots = jnp.tile(jnp.asarray([[0.5, 1.0, 1.5, 2.0]], jnp.float32).view(jnp.uint32), (x.shape[0], 1))
         yield "threshold.hits", name, x, timed(threshold.hits, x, pivots)
-        search = timed(
-            lambda x, implementation, k=size // 5: threshold.kth_magnitude(x, k, implementation=implementation), x
-        )
+        search = timed(functools.partial(threshold.kth_magnitude, k=size // 5), x)
         if jax.default_backend() == "cpu":
             keep = np.tile(np.asarray(threshold.to_limbs(size // 5)), (x.shape[0], 1))
             search["numpy quickselect"] = lambda x=x, keep=keep: host.found([np.asarray(x)], keep).low

@@ -79,6 +79,7 @@ def in_passes(leaves, k, sample):
 @pytest.mark.parametrize("numbers", ["normal", "many equal", "bfloat16 differences", "one value", "half zero"])
 def test_one_pass_finds_what_a_sort_finds(numbers, monkeypatch):
     monkeypatch.setattr(passes, "_HELD", 500)  # so that equal ones are counted on the way
+    monkeypatch.setattr(passes, "_SAMPLE", 10_000)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 60_000)).astype(np.float32)
     if numbers == "many equal":
@@ -110,7 +111,16 @@ def test_large_arrays_are_searched_in_chunks(monkeypatch):
     np.testing.assert_array_equal(np.asarray(found.low), np.asarray(host.found([x], keep).low))
 
 
-def test_a_sample_that_leads_astray_is_noticed():
+def test_few_entries_are_read_once():
+    x = np.random.default_rng(0).normal(size=(2, 1000)).astype(np.float32)
+    read = []
+    found = passes.found(lambda one_in: read.append(one_in) or [x[:, :400], x[:, 400:]], np.array([[300, 0]] * 2), 1000)
+    assert read == [1]
+    np.testing.assert_array_equal(np.asarray(found.low), np.asarray(host.found([x], np.array([[300, 0]] * 2)).low))
+
+
+def test_a_sample_that_leads_astray_is_noticed(monkeypatch):
+    monkeypatch.setattr(passes, "_SAMPLE", 10_000)
     x = np.sort(np.random.default_rng(0).normal(size=(1, 50_000)).astype(np.float32))  # its beginning is not like it
     assert in_passes([x], 10_000, sample=16) is None
 

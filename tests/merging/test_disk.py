@@ -95,6 +95,30 @@ def test_cut_tensors_merge_as_whole_ones(folders, tmp_path, monkeypatch, method,
         np.testing.assert_allclose(x, whole[name], rtol=1e-6, atol=1e-7, err_msg=name)
 
 
+@pytest.mark.parametrize(
+    ("method", "semantics", "options"),
+    [("della", "mergekit", {"density": 0.5}), ("magnitude_prune", "peft", {"density": 0.5, "exact_k": True}),
+     ("ties", "paper", {"density": 0.5}), ("breadcrumbs", "mergekit", {"density": 0.5})],
+)  # fmt: skip
+def test_scalars_and_empty_tensors(tmp_path, method, semantics, options):
+    rng = np.random.default_rng(0)
+    found = {}
+    for name in ("base", "one", "two", "three"):
+        shapes = {"a": (4, 5), "scalar": (), "empty": (0, 3)}
+        found[name] = {n: rng.normal(size=shape).astype(np.float32) for n, shape in shapes.items()}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"model_type": "clip"}')
+        save_file(found[name], tmp_path / name / "model.safetensors")
+    merge_folders(plan(job(tmp_path, method, semantics, **options)), tmp_path / "out")
+    merged = tensors(tmp_path / "out")
+    assert {name: x.shape for name, x in merged.items()} == shapes
+    if not method.startswith("della"):  # which draws
+        deltas = {n: np.stack([found[m][n] - found["base"][n] for m in ("one", "two", "three")]) for n in shapes}
+        expected = merge(deltas, method, semantics=semantics, **options)
+        for name, x in merged.items():
+            np.testing.assert_allclose(x, found["base"][name] + np.asarray(expected[name]), rtol=1e-5, atol=1e-6)
+
+
 def test_transformers_loads_it_and_it_is_described(folders, tmp_path):
     merge_folders(plan(job(folders, "linear")), tmp_path / "out", max_shard_bytes=4000, command="unlearnjax merge ...")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3

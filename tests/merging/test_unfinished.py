@@ -128,6 +128,42 @@ def test_statistics_of_the_whole_model_are_not_searched_again(folders, tmp_path,
     same(out, tmp_path / "at once")
 
 
+def test_damaged_statistics_are_searched_again(folders, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "write_sharded", lambda *args, **kwargs: stop())
+        with pytest.raises(KeyboardInterrupt):
+            run(folders, out, method="ties", density=0.4)
+    saved = unfinished(out) / disk.STATISTICS
+    saved.write_bytes(saved.read_bytes()[:-30])
+    run(folders, out, method="ties", density=0.4)
+    run(folders, tmp_path / "at once", method="ties", density=0.4)
+    same(out, tmp_path / "at once")
+
+
+def test_a_result_that_could_not_be_renamed_still_says_whose_it_is(folders, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(OSError, match="not empty"):
+        run(folders, out, after(20, (out / "note").touch))
+    (out / "note").unlink()
+    with pytest.raises(UserError, match="another run began"):
+        run(folders, out, method="consensus")
+    run(folders, out)
+    run(folders, tmp_path / "at once")
+    same(out, tmp_path / "at once")
+
+
+def test_files_that_nobody_claims_are_not_kept(folders, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run(folders, out, after(20, stop))
+    (unfinished(out) / "fingerprint.json").unlink()
+    run(folders, out, method="consensus")
+    run(folders, tmp_path / "at once", method="consensus")
+    same(out, tmp_path / "at once")
+
+
 def test_another_merge_does_not_go_on_with_it(folders, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):

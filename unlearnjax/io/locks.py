@@ -1,10 +1,14 @@
 """One process at a time in a folder."""
 
-import fcntl
 import os
 from pathlib import Path
 
 from unlearnjax.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 LOCK = "lock"
 
@@ -18,13 +22,21 @@ def lock_folder(folder: Path, shown: Path | None = None) -> int:
     Raises:
       UserError: another process holds it.
     """
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    place = folder / LOCK
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(place, os.O_RDWR | os.O_CREAT, 0o644)
+        if fcntl is None:
+            return descriptor
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            where = folder.parent if shown is None else shown
+            raise UserError(f"{where}: another process is working there; wait for it, or stop it first") from None
+        except OSError:
+            return descriptor  # a file system without locks
+        # The one who held it may have moved the folder away since the file was opened.
+        if place.exists() and os.path.samestat(os.fstat(descriptor), place.stat()):
+            return descriptor
         os.close(descriptor)
-        place = folder.parent if shown is None else shown
-        raise UserError(f"{place}: another process is working there; wait for it, or stop it first") from None
-    except OSError:
-        pass  # a file system without locks
-    return descriptor

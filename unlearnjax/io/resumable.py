@@ -37,26 +37,32 @@ def resumable_folder(
     folder = target.with_name(f".{target.name}.unfinished")
     ours = json.loads(json.dumps(fingerprint))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(folder, target)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); give a place elsewhere") from None
     try:
+        try:
+            require_free(path)  # another process may have finished meanwhile
+            _check_fingerprint(folder, target, ours)
+        except UserError:
+            if [p.name for p in folder.iterdir()] == [LOCK]:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         remove_left_overs(folder)
-        _check_fingerprint(folder, target, ours)
         try:
             with staged_file(folder / FINGERPRINT) as place:
                 place.write_text(json.dumps(ours, indent=1), "utf-8")
             yield folder
             flush_tree(folder)
-            for name in (FINGERPRINT, LOCK):
-                (folder / name).unlink()
             folder.rename(target)
+            for name in (FINGERPRINT, LOCK):  # after it: a folder that was not renamed must still say whose it is
+                (target / name).unlink()
         except BaseException as error:
             if not worth_keeping(folder):
                 shutil.rmtree(folder, ignore_errors=True)
             explain(error, target)
             raise
+        flush_tree(target, deep=False)
         flush_tree(target.parent, deep=False)
     finally:
         os.close(lock)
@@ -65,7 +71,10 @@ def resumable_folder(
 def _check_fingerprint(folder: Path, target: Path, ours: Any) -> None:
     try:
         found = json.loads((folder / FINGERPRINT).read_text("utf-8"))
-    except FileNotFoundError:
+    except FileNotFoundError:  # what is there belongs to no one
+        for path in folder.iterdir():
+            if path.name != LOCK:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         return
     except ValueError:
         found = None

@@ -10,6 +10,7 @@ import mmap
 import os
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PureWindowsPath
 from typing import Any, BinaryIO, NamedTuple
 
@@ -31,6 +32,7 @@ DTYPES: dict[str, np.dtype] = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_READ = 1 << 30  # bytes at once: macOS refuses 2 GiB
 _LONGEST_HEADER = 100_000_000  # the official reader's limit
 
 
@@ -60,9 +62,14 @@ class TensorFile:
     path: Path
     slots: dict[str, Slot]
     metadata: dict[str, str]
-    data: np.ndarray  # uint8, the mapped bytes after the header
     descriptor: _Descriptor
-    offset: int  # of those bytes in the file
+    offset: int  # of the bytes after the header
+
+    @cached_property
+    def data(self) -> np.ndarray:
+        """Those bytes, mapped into memory: uint8."""
+        mapped = mmap.mmap(self.descriptor.number, 0, access=mmap.ACCESS_READ)
+        return np.frombuffer(mapped, np.uint8)[self.offset :]
 
     def read(self, name: str) -> np.ndarray:
         """The tensor as a read-only view of the file. Pages are read from disk as they are touched.
@@ -88,7 +95,7 @@ class TensorFile:
         place = self.offset + slot.begin + start * slot.dtype.itemsize
         while rest:
             try:
-                got = os.preadv(self.descriptor.number, [rest], place)
+                got = os.preadv(self.descriptor.number, [rest[:_READ]], place)
             except OSError as error:
                 raise UserError(f"{self.path}: tensor {name!r} cannot be read ({error.strerror})") from None
             if not got:
@@ -196,24 +203,23 @@ def open_file(path: str | Path) -> TensorFile:
             if 8 + length > size:
                 raise UserError(f"{path}: truncated inside its header ({size} of {8 + length} bytes); fetch it again")
             header = _header(path, file.read(length))
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             descriptor = _Descriptor(os.dup(file.fileno()))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise UserError(f"{path}: __metadata__ must map strings to strings; the file is broken")
-    data = np.frombuffer(mapped, np.uint8)[8 + length :]
-    slots = {name: _slot(path, name, entry, data.size) for name, entry in header.items()}
+    size -= 8 + length
+    slots = {name: _slot(path, name, entry, size) for name, entry in header.items()}
     place, before = 0, "the header"
     for name, slot in sorted(slots.items(), key=lambda item: item[1][2:]):
         if slot.begin != place:
             what = "overlaps" if slot.begin < place else "leaves a hole after"
             raise UserError(f"{path}: tensor {name!r} {what} {before}; the file is broken, fetch or write it again")
         place, before = slot.end, f"tensor {name!r}"
-    if place != data.size:
-        raise UserError(f"{path}: {data.size - place} bytes after {before} belong to no tensor; the file is broken")
-    return TensorFile(path, slots, metadata, data, descriptor, 8 + length)
+    if place != size:
+        raise UserError(f"{path}: {size - place} bytes after {before} belong to no tensor; the file is broken")
+    return TensorFile(path, slots, metadata, descriptor, 8 + length)
 
 
 def _weight_map(path: Path) -> dict[str, str]:

@@ -9,6 +9,7 @@ needs a tensor whole (ranks along a row, angles of rows), its only piece is the 
 import functools
 import itertools
 import math
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
+from unlearnjax_kernels.threshold import passes
 from unlearnjax_kernels.threshold.host import KEPT, threads
 
 from unlearnjax.errors import UserError, check_known
@@ -67,11 +69,11 @@ class Plan(NamedTuple):
         """About how often every merged tensor is read: a search for thresholds takes as many passes as it needs."""
         rounds = self.rule.rounds if self.rule.scope == "tree" else ()
         quick = jax.default_backend() == "cpu"  # and a part of a pass, for a sample
-        passes = [
+        each = [
             1 if r.until is None or (quick and r.at_once) else SEARCH_PASSES * (1 if r.before is None else 2)
             for r in rounds
         ]
-        return 1 + sum(passes)
+        return 1 + sum(each)
 
     @property
     def bytes_read(self) -> int:
@@ -93,19 +95,23 @@ class Plan(NamedTuple):
 
     @property
     def memory(self) -> int:
-        """A bound on the memory for tensors, counted in float32: the pieces that are read ahead and merged; the deltas
-        and the base of the largest tensor, where its thresholds are its own, and one candidate of it for each thread
-        that looks for them; and all inputs, their deltas, the result
-        and what is being written, where the method needs whole tensors."""
+        """About the memory for tensors, counted in float32: the pieces that are read ahead and merged; the deltas and
+        the base of the largest tensor, where its thresholds are its own, and what the search for them takes; and all
+        inputs, their deltas, the result and what is being written, where the method needs whole tensors."""
         largest = max((t.size for t in self.tensors), default=0)
         count = len(self.models) + 1
         kept = max((t.size for t in self.tensors if t.settings is None), default=0)
         if not self.rule.properties.elementwise:
             return largest * 4 * (3 * count + 1)
         moving = piece_size(largest) * 4 * count * (pieces.AHEAD + 5)
-        own = self.rule.rounds and self.rule.scope == "leaf"
-        scratch = min(len(self.models), threads()) if own and self.rule.rounds[0].at_once is not None else 0
-        return moving + 4 * max(largest * count + scratch * min(largest, KEPT) if own else 0, kept * (pieces.AHEAD + 1))
+        held = kept * 4 * (pieces.AHEAD + 1)
+        if not self.rule.rounds:
+            return moving + held
+        searched = largest if self.rule.scope == "leaf" else sum(t.size for t in self.tensors)
+        small = searched <= KEPT and self.rule.scope == "leaf"
+        search = 4 * searched * min(count - 1, threads()) if small else passes.memory(searched, count - 1)
+        own = largest * 4 * count if self.rule.scope == "leaf" else 0
+        return moving + max(own, held) + (search if self.rule.rounds[0].at_once is not None else 0)
 
 
 def plan(job: Job) -> Plan:
@@ -144,6 +150,8 @@ def plan(job: Job) -> Plan:
         if floating:  # integer buffers are never merged
             settings, weights = _settings(job, method, rule, name, at[name])
             own = own._replace(settings=settings, weights=weights)
+            if settings.get("exact_k", False) and own.size >= 2**32:
+                raise UserError(f"merge: tensor {name!r} has 2**32 entries or more, too many for exact_k; leave it out")
         tensors.append(own)
     if rule.scope == "tree":
         distinct = {(tuple(sorted(t.settings.items())), t.weights) for t in tensors if t.settings is not None}
@@ -167,6 +175,7 @@ def merge_to(
 
     Args:
       progress: called with the number of bytes read, piece by piece; for what is kept, with what it would have read.
+        `folder` keeps the statistics, as STATISTICS: remove them when everything else is there.
 
     Raises:
       UserError: NaN or Inf in a tensor of a model, which is named.
@@ -176,13 +185,13 @@ def merge_to(
     kept = {entry.name for name in written for entry in files[name]}
     with ThreadPoolExecutor(1) as reader:
         merger = Merger(found, reader, progress)
-        merger.settle(folder / STATISTICS)
+        if any(t.settings is not None and t.name not in kept for t in found.tensors):
+            merger.settle(folder / STATISTICS)
         if progress is not None and kept:
             progress(found.bytes_of(t for t in found.tensors if t.name in kept))
         values = merger.values([t for t in found.tensors if t.name not in kept])
         entries = [Entry(t.name, t.shape, t.dtype, lambda: next(values)) for t in found.tensors]
         write_sharded(folder, entries, max_shard_bytes, written=written)
-    (folder / STATISTICS).unlink(missing_ok=True)
 
 
 class Merger:
@@ -202,8 +211,8 @@ class Merger:
         it if it is there."""
         if self.plan.rule.scope != "tree":
             return
-        if path.exists():
-            self._state = self._read_state(path)
+        self._state = self._read_state(path)
+        if self._state is not None:
             if self.progress is not None:
                 self.progress(self.plan.bytes_read * (self.plan.passes - 1))
             return
@@ -247,8 +256,8 @@ class Merger:
         for finite in finites:
             self._check(tensor, finite)
         start = rule.start(tensor.size, self.count, tensor.settings or {})
-        if jax.default_backend() == "cpu":
-            leaves = [np.asarray(deltas)[:, : piece.size] for deltas, piece in held]
+        if jax.default_backend() == "cpu" and rule.rounds[0].at_once is not None and held:
+            leaves = [np.asarray(deltas).reshape(self.count, -1)[:, : piece.size] for deltas, piece in held]
             start = host.at_once(rule, leaves, start, tensor.settings or {})
         state = self._rounds(job, start, lambda: ((job, *pair) for pair in held))
         for deltas, piece in held:
@@ -281,10 +290,14 @@ class Merger:
             return [], ()
         return tensors, self.plan.rule.start(sum(t.size for t in tensors), self.count, tensors[0].settings or {})
 
-    def _read_state(self, path: Path) -> State:
-        with np.load(path) as found:
-            leaves = [found[name] for name in found.files]
-        return jax.tree.unflatten(jax.tree.structure(self._start()[1]), leaves)
+    def _read_state(self, path: Path) -> State | None:
+        """None where there is none, or the file is damaged."""
+        try:
+            with path.open("rb") as file, np.load(file) as found:
+                leaves = [found[name] for name in found.files]
+            return jax.tree.unflatten(jax.tree.structure(self._start()[1]), leaves)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+            return None
 
     def _search(self) -> State:
         """The whole model's statistics, round by round."""
@@ -308,9 +321,7 @@ class Merger:
             checked = True
 
         def arrays(one_in: int) -> Iterator[np.ndarray]:
-            piece = self.piece if one_in == 1 else max(self.piece // one_in, 1)
-            # As many pieces as in a whole pass, of each its beginning.
-            reads = self._reads(tensors, piece)
+            reads = self._reads(tensors, one_in)
             for tensor in tensors:
                 for part in itertools.islice(reads, self._number(tensor)):
                     deltas, finite = pieces.deltas_of(part)
@@ -332,10 +343,10 @@ class Merger:
         )
         return pieces.Job(rule, static, numbers, weights, key, factor, str(tensor.dtype))
 
-    def _reads(self, tensors: Sequence[Tensor], piece: int | None = None) -> Iterator[Any]:
-        """For each tensor its pieces, or of each the first `piece` entries; or its base, where it is not merged. Read
-        ahead."""
-        room = self.piece if piece is None else piece
+    def _reads(self, tensors: Sequence[Tensor], one_in: int = 1) -> Iterator[Any]:
+        """For each tensor its pieces, or of each the beginning, one in so many of its entries; or its base, where it is
+        not merged. Read ahead."""
+        room = max(self.piece // one_in, 1)
 
         def tasks() -> Iterator[Callable[[], Any]]:
             for tensor in tensors:
@@ -345,7 +356,7 @@ class Merger:
                     yield functools.partial(self._whole, tensor)
                 else:
                     for start, stop in pieces.cut(tensor.size, self.piece):
-                        yield functools.partial(self._piece, tensor, start, min(stop, start + room), room)
+                        yield functools.partial(self._piece, tensor, start, min(stop, start + room), room, one_in == 1)
 
         return pieces.ahead(self.reader, tasks(), pieces.AHEAD if self.in_pieces else 1)
 
@@ -365,8 +376,8 @@ class Merger:
         """How many pieces it has."""
         return -(-tensor.size // self.piece) if self.in_pieces else 1
 
-    def _piece(self, tensor: Tensor, start: int, stop: int, room: int) -> Piece:
-        counted = stop - start if room == self.piece else 0  # a sample is not part of the total
+    def _piece(self, tensor: Tensor, start: int, stop: int, room: int, whole: bool) -> Piece:
+        counted = stop - start if whole else 0  # a sample is not part of the total
         base, *models = (
             self._count(pieces.filled(source, tensor.name, start, stop, room), counted)
             for source in (self.plan.base, *self.plan.models)

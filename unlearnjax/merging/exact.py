@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 from unlearnjax_kernels.dare import api as dare
 from unlearnjax_kernels.threshold import api as threshold
+from unlearnjax_kernels.threshold import host
 
 from unlearnjax.merging.protocol import Draws, candidates
 
@@ -83,9 +84,14 @@ def at_once(leaves: Sequence[np.ndarray], low: np.ndarray, keep: np.ndarray) -> 
     wanted = np.asarray(keep, np.int64)
     ends = []
     for i, pattern in enumerate(np.asarray(low)):
-        bits = [np.asarray(threshold.magnitude_bits(leaf[i].reshape(-1))) for leaf in leaves]
-        missing = int((wanted[i, 1] << 16) + wanted[i, 0] - sum(np.count_nonzero(b > pattern) for b in bits))
-        places = np.flatnonzero(np.concatenate([b == pattern for b in bits]))
+        above, found, place = 0, [np.zeros(0, np.int64)], 0
+        for leaf in leaves:
+            bits = host.scratch(leaf[i].size)
+            host.magnitude_bits(leaf[i], bits)
+            above += int(np.count_nonzero(bits > pattern))
+            found.append(np.flatnonzero(bits == pattern) + place)
+            place += bits.size
+        places, missing = np.concatenate(found), int((wanted[i, 1] << 16) + wanted[i, 0]) - above
         ends.append(int(places[missing - 1]) + 1 if 0 < missing <= places.size else size)
     return Cut(np.array(ends, np.uint32), None)  # type: ignore[arg-type]
 

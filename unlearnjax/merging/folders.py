@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from unlearnjax.io.card import merge_card
 from unlearnjax.io.huggingface import read_json
 from unlearnjax.io.resumable import resumable_folder
@@ -72,17 +74,22 @@ def merge_folders(
             title=Path(out).name, base_model=_models(found.job), method=describe(found), recipe=text, arguments=command
         )
         (staged / "README.md").write_text(card, "utf-8")
+        (staged / STATISTICS).unlink(missing_ok=True)
 
 
 def _fingerprint(found: Plan, max_shard_bytes: int) -> dict[str, Any]:
-    """All that the weight files depend on: job, inputs (by size and time), versions."""
-    files = {f.path: f.path.stat() for source in (found.base, *found.models) for f in source.files.values()}
+    """What the weight files depend on: the job, each model's files (by size and time), versions, how JAX is set."""
+    files = []
+    for source in (found.base, *found.models):
+        paths = sorted({file.path.resolve() for file in source.files.values()})
+        files.append({str(path): f"{path.stat().st_size} bytes of {path.stat().st_mtime_ns} ns" for path in paths})
     return {
         "job": job_yaml(found.job),
         "semantics": found.rule.semantics,
-        "files": {str(path.resolve()): [stat.st_size, stat.st_mtime_ns] for path, stat in files.items()},
+        "files": files,
         "max_shard_bytes": max_shard_bytes,
-        "versions": {name: version(name) for name in ("unlearnjax", "jax", "numpy")},
+        "versions": {name: version(name) for name in ("unlearnjax", "jax", "jaxlib", "numpy")},
+        "jax": [jax.default_backend(), str(jax.random.key_impl(jax.random.key(0)))],
     }
 
 

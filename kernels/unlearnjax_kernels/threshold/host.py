@@ -27,10 +27,14 @@ def threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@functools.cache
+@functools.cache  # a child of a fork has no threads, and makes its own
 def workers() -> ThreadPoolExecutor:
     """A thread for each core."""
     return ThreadPoolExecutor(threads(), "threshold")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=workers.cache_clear)
 
 
 def found(leaves: Sequence[np.ndarray], keep: np.ndarray) -> Search:
@@ -72,8 +76,17 @@ def _kth(parts: Sequence[np.ndarray], k: int) -> int:
     for part in parts:
         magnitude_bits(part, bits[place : place + part.size])
         place += part.size
-    bits.partition(size - k)
-    return int(bits[size - k])
+    return kth(bits, k)
+
+
+def kth(bits: np.ndarray, k: int) -> int:
+    """The k-th largest of these patterns, which are moved about; k as in `reference.kth_magnitude`."""
+    if k <= 0:
+        return NOTHING
+    if k >= bits.size:
+        return 0
+    bits.partition(bits.size - k)
+    return int(bits[bits.size - k])
 
 
 def scratch(size: int) -> np.ndarray:

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from unlearnjax_kernels.threshold.host import finished, magnitude_bits, scratch, workers
+from unlearnjax_kernels.threshold.host import finished, kth, magnitude_bits, scratch, workers
 from unlearnjax_kernels.threshold.xla import NOTHING, Search
 
 Passes = Callable[[int], Iterable[np.ndarray]]
 """passes(1): all entries, as arrays [N, ...] one after another. passes(n): about one in n of them, from everywhere."""
 
-_SAMPLE = 1 << 22  # entries of each candidate, about
+_SAMPLE = 1 << 22  # entries of each candidate, or up to twice as many
 _DEVIATIONS = 8  # between the sample's quantile and a bound: neighbouring entries are alike
 _SHARE = 1e-3  # of the sample between them, at least
 _CHUNK = 1 << 18
@@ -37,6 +37,7 @@ class _Bracket:
     values: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint32))
     counts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     recent: list[np.ndarray] = field(default_factory=list)
+    held: int = 0  # entries in `recent`
 
     def add(self, x: np.ndarray) -> None:
         bits = scratch(x.size)
@@ -49,15 +50,17 @@ class _Bracket:
             return
         self.on_low += int(np.count_nonzero(bits == self.low))
         self.recent.append(bits[under & (bits > self.low)])
-        if sum(part.size for part in self.recent) > _HELD:
+        self.held += self.recent[-1].size
+        if self.held > _HELD:
             self._gather()
 
     def _gather(self) -> None:
         new, counts = np.unique(np.concatenate([np.zeros(0, np.uint32), *self.recent]), return_counts=True)
-        both, place = np.unique(np.concatenate([self.values, new]), return_inverse=True)
-        summed = np.zeros(both.size, np.int64)
-        np.add.at(summed, place, np.concatenate([self.counts, counts]))
-        self.values, self.counts, self.recent = both, summed, []
+        values, counts = np.concatenate([self.values, new]), np.concatenate([self.counts, counts])
+        order = np.argsort(values, kind="stable")
+        self.values, first = np.unique(values[order], return_index=True)
+        self.counts = np.add.reduceat(counts[order], first) if first.size else self.counts
+        self.recent, self.held = [], 0
 
     def kth(self, k: int) -> int | None:
         """None where it does not lie between the bounds."""
@@ -87,6 +90,12 @@ def through(leaves: Sequence[np.ndarray]) -> Passes:
     return passes
 
 
+def memory(size: int, candidates: int) -> int:
+    """About how many bytes `found` takes for entries that no sample misjudges."""
+    sample = min(size, 2 * _SAMPLE)
+    return candidates * (8 * sample + 24 * int(4 * _SHARE * size))
+
+
 def found(passes: Passes, keep: np.ndarray, size: int) -> Search | None:
     """The search for each candidate's threshold, finished (see `host.found`); None where the sample led astray.
 
@@ -97,20 +106,23 @@ def found(passes: Passes, keep: np.ndarray, size: int) -> Search | None:
     keep = np.asarray(keep, np.int64)
     counts = ((keep[:, 1] << 16) + keep[:, 0]).tolist()
     share = max(1 << max(size // _SAMPLE, 1).bit_length() - 1, 1)
-    sampled: list[list[np.ndarray]] = [[] for _ in counts]
+    sampled: list[list[np.ndarray]] = [[np.zeros(0, np.uint32)] for _ in counts]
     for leaf in passes(share):
         for i, own in enumerate(sampled):
             bits = np.empty(leaf[i].size, np.uint32)
             magnitude_bits(leaf[i], bits)
             own.append(bits)
+    if share == 1:  # few entries: the sample is all of them
+        lows = workers().map(lambda own, k: kth(np.concatenate(own), k), sampled, counts)
+        return finished(np.array(list(lows), np.uint32))
     bounds = workers().map(lambda own, k: _bounds(np.concatenate(own), k / size), sampled, counts)
     brackets = [_Bracket(*pair) for pair in bounds]
     del sampled
     for leaf in passes(1):
         for _ in workers().map(lambda bracket, i, leaf=leaf: bracket.add(leaf[i]), brackets, range(len(brackets))):
             pass
-    lows = [_chosen(bracket, k, size) for bracket, k in zip(brackets, counts, strict=True)]
-    return None if None in lows else finished(np.array(lows, np.uint32))
+    chosen = [_chosen(bracket, k, size) for bracket, k in zip(brackets, counts, strict=True)]
+    return None if None in chosen else finished(np.array(chosen, np.uint32))
 
 
 def _chosen(bracket: _Bracket, k: int, size: int) -> int | None:
