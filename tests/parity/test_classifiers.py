@@ -12,9 +12,9 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from unlearnjax.errors import UserError
 from unlearnjax.models.vision import resnet, vgg
+from unlearnjax.models.vision.checkpoint import checkpoint_name
 from unlearnjax.models.vision.classifier import (
     FAMILIES,
-    checkpoint_name,
     forward,
     load_classifier,
     new_classifier,

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,17 +17,18 @@ from unlearnjax.errors import UserError, check_known
 from unlearnjax.io.atomic import staged_folder
 from unlearnjax.io.card import model_card
 from unlearnjax.io.huggingface import read_json, resolve
-from unlearnjax.io.safetensors import Checkpoint, Entry, open_folder, write_sharded
+from unlearnjax.io.safetensors import Entry, open_folder, write_sharded
 from unlearnjax.models.vision import resnet, vgg
+from unlearnjax.models.vision.checkpoint import Names, entries, read
 
-Path_ = tuple[str, ...]
+STATISTICS = ("running_mean", "running_var")
 
 
 class Family(NamedTuple):
-    """One kind of classifier. `names`: our path of each module with weights -> its name in checkpoints."""
+    """One kind of classifier."""
 
     module: Callable[[Any], nn.Module]
-    names: Callable[[Any], dict[Path_, str]]
+    names: Callable[[Any], Names]
     from_json: Callable[[Mapping[str, Any], int, str], Any]
     to_json: Callable[[Any], dict[str, Any]]
 
@@ -118,10 +119,12 @@ def load_classifier(folder: str | Path) -> Classifier:
     pixels = jax.ShapeDtypeStruct((1, prepared["image_size"], prepared["image_size"], config.channels), jnp.float32)
     abstract = jax.eval_shape(family.module(config).init, jax.random.key(0), pixels)
     checkpoint, names = open_folder(path), family.names(config)
-    _check_names(checkpoint, names, abstract)
-    read = functools.partial(_read, checkpoint, names)
-    trees = {name: jax.tree_util.tree_map_with_path(read, abstract[name]) for name in ("params", "statistics")}
-    return Classifier(trees["params"], trees["statistics"], kind, config, labels, source=str(folder), **prepared)
+    statistics = [name for name in checkpoint.files if name.endswith(STATISTICS)]
+    found = {
+        "params": read(checkpoint, names, abstract["params"], (*STATISTICS, "num_batches_tracked")),
+        "statistics": read(checkpoint.only(statistics), names, abstract["statistics"]),
+    }
+    return Classifier(found["params"], found["statistics"], kind, config, labels, source=str(folder), **prepared)
 
 
 def save_classifier(model: Classifier, folder: str | Path, *, card: str | None = None) -> None:
@@ -140,10 +143,16 @@ def save_classifier(model: Classifier, folder: str | Path, *, card: str | None =
     size = {"height": model.image_size, "width": model.image_size}
     preparation = {"size": size, "image_mean": list(model.mean), "image_std": list(model.std), "do_resize": True,
                    "do_normalize": True, "do_rescale": True, "image_processor_type": "ViTImageProcessor"}  # fmt: skip
-    entries: list[Entry] = sorted(_entries(model, family.names(model.config)), key=lambda entry: entry.name)
+    names = family.names(model.config)
+    tensors = [*entries(model.params, names), *entries(model.statistics, names)]
+    for name in [entry.name for entry in tensors if entry.name.endswith("running_var")]:
+        # torch's count of batches, which it needs for running means without a momentum alone
+        count = name.replace("running_var", "num_batches_tracked")
+        tensors.append(Entry(count, (), np.int64, np.zeros((), np.int64)))
+    tensors.sort(key=lambda entry: entry.name)
     text = model_card(title=Path(folder).name, base_model=model.source) if card is None else card
     with staged_folder(folder) as staged:
-        write_sharded(staged, entries)
+        write_sharded(staged, tensors)
         (staged / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         (staged / "preprocessor_config.json").write_text(json.dumps(preparation, indent=2) + "\n", "utf-8")
         (staged / "README.md").write_text(text, "utf-8")
@@ -171,43 +180,3 @@ def _preparation(path: Path) -> dict[str, Any]:
         "mean": tuple(raw.get("image_mean", Classifier.mean)),
         "std": tuple(raw.get("image_std", Classifier.std)),
     }
-
-
-def checkpoint_name(path: Path_, names: Mapping[Path_, str]) -> str:
-    """The name in checkpoints of the weight at our `path`."""
-    for split in range(len(path) - 1, 0, -1):
-        if path[:split] in names:
-            return ".".join([names[path[:split]], *path[split:]])
-    raise KeyError(path)
-
-
-def _own(path: Any) -> Path_:
-    return tuple(key.key for key in path)
-
-
-def _read(checkpoint: Checkpoint, names: Mapping[Path_, str], path: Any, like: jax.ShapeDtypeStruct) -> Array:
-    name = checkpoint_name(_own(path), names)
-    found = np.asarray(checkpoint.read(name), np.float32)
-    if found.shape != like.shape:
-        raise UserError(f"{checkpoint.folder}: tensor {name!r} is {list(found.shape)}, and config.json wants "
-                        f"{list(like.shape)}")  # fmt: skip
-    return jnp.asarray(found)
-
-
-def _check_names(checkpoint: Checkpoint, names: Mapping[Path_, str], abstract: Any) -> None:
-    flat, _ = jax.tree_util.tree_flatten_with_path([abstract["params"], abstract["statistics"]])
-    wanted = {checkpoint_name(_own(path[1:]), names) for path, _ in flat}
-    there = {name for name in checkpoint.files if not name.endswith("num_batches_tracked")}
-    for name in sorted(wanted ^ there):
-        what = "is missing" if name in wanted else "is no part of this model"
-        raise UserError(f"{checkpoint.folder}: tensor {name!r} {what}; config.json and weights do not fit")
-
-
-def _entries(model: Classifier, names: Mapping[Path_, str]) -> Iterator[Entry]:
-    for tree in (model.params, model.statistics):
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-            name = checkpoint_name(_own(path), names)
-            yield Entry(name, leaf.shape, np.float32, np.asarray(leaf, np.float32))
-            if name.endswith("running_var"):  # torch's count of batches, which it needs for nothing else than a mean
-                count = name.replace("running_var", "num_batches_tracked")
-                yield Entry(count, (), np.int64, np.zeros((), np.int64))

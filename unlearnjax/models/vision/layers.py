@@ -76,13 +76,17 @@ class Linear(nn.Module):
     """x @ weight.T + bias, with torch's orientation [out, in]."""
 
     features: int
+    bias: bool = True
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch inputs"]) -> Float[Array, "batch features"]:
+    def __call__(self, x: Float[Array, "... inputs"]) -> Float[Array, "... features"]:
         inputs = x.shape[-1]
         weight = self.param("weight", nn.initializers.normal(inputs**-0.5), (self.features, inputs), jnp.float32)
+        out = jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype))
+        if not self.bias:
+            return out
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        return jnp.einsum("bi,oi->bo", x, weight.astype(x.dtype)) + bias.astype(x.dtype)[None]
+        return out + bias.astype(x.dtype)[(None,) * (x.ndim - 1)]
 
 
 def max_pool(x: Float[Array, "batch h w c"], size: int, stride: int, padding: int = 0) -> Float[Array, "batch h2 w2 c"]:
