@@ -1,4 +1,4 @@
-"""ResNet against transformers on folders that it wrote, VGG against a torch rendering: logits within 1e-4 (float32)."""
+"""ResNet and Swin against transformers on folders that it wrote, VGG against a torch rendering: within 1e-4 (float32)."""
 
 import dataclasses
 
@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn as tnn
-from transformers import ResNetConfig, ResNetForImageClassification
+from transformers import ResNetConfig, ResNetForImageClassification, SwinConfig, SwinForImageClassification
 
 from unlearnjax.errors import UserError
-from unlearnjax.models.vision import resnet, vgg
+from unlearnjax.models.vision import resnet, swin, vgg
 from unlearnjax.models.vision.checkpoint import checkpoint_name
 from unlearnjax.models.vision.classifier import (
     FAMILIES,
@@ -117,6 +117,41 @@ def test_what_is_saved_transformers_loads(pair):
     with torch.no_grad():
         assert torch.equal(again(x).logits, model.eval()(x).logits)
     assert again.config.id2label == dict(enumerate(LABELS))
+
+
+SWINS = {
+    "shifted": {"image_size": 32, "patch_size": 2, "window_size": 4, "depths": [2, 2], "num_heads": [2, 4]},
+    "padded": {"image_size": 42, "patch_size": 4, "window_size": 3, "depths": [2, 1, 2], "num_heads": [1, 2, 4],
+               "qkv_bias": False, "mlp_ratio": 2.0, "layer_norm_eps": 1e-3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SWINS)
+def test_swin_logits_equal_transformers_both_ways(tmp_path, kind):
+    torch.manual_seed(0)
+    config = SwinConfig(embed_dim=8, num_labels=5, **SWINS[kind])
+    config.id2label = dict(enumerate(LABELS))
+    model = SwinForImageClassification(config).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn(parameter.shape))
+    model.save_pretrained(tmp_path / "theirs")
+    (tmp_path / "theirs" / "preprocessor_config.json").write_text(PROCESSOR.replace("64", str(config.image_size)))
+    ours = load_classifier(tmp_path / "theirs")
+    x = images(config.image_size)
+    with torch.no_grad():
+        expected = model(channels_first(x)).logits
+    np.testing.assert_allclose(ours.logits(x), expected, atol=1e-4, rtol=1e-4)
+    save_classifier(ours, tmp_path / "ours")
+    again = SwinForImageClassification.from_pretrained(tmp_path / "ours").eval()
+    with torch.no_grad():
+        assert torch.equal(again(channels_first(x)).logits, expected)
+
+
+def test_a_swin_whose_window_does_not_fit_is_refused():
+    with pytest.raises(UserError, match="stage 2 has 2x2 places, fewer than its window of 3"):
+        swin.from_json({"image_size": 30, "patch_size": 4, "window_size": 3, "depths": [1] * 3}, 5, "config.json")
+    with pytest.raises(UserError, match="use_absolute_embeddings"):
+        swin.from_json({"use_absolute_embeddings": True}, 5, "config.json")
 
 
 class TorchVGG(tnn.Module):

@@ -18,7 +18,7 @@ from unlearnjax.io.atomic import staged_folder
 from unlearnjax.io.card import model_card
 from unlearnjax.io.huggingface import read_json, resolve
 from unlearnjax.io.safetensors import Entry, open_folder, write_sharded
-from unlearnjax.models.vision import resnet, vgg
+from unlearnjax.models.vision import resnet, swin, vgg
 from unlearnjax.models.vision.checkpoint import Names, entries, read
 
 STATISTICS = ("running_mean", "running_var")
@@ -35,6 +35,7 @@ class Family(NamedTuple):
 
 FAMILIES = {
     "resnet": Family(resnet.ResNet, resnet.names, resnet.from_json, resnet.to_json),
+    "swin": Family(swin.Swin, swin.names, swin.from_json, swin.to_json),
     "vgg": Family(vgg.VGG, vgg.names, vgg.from_json, vgg.to_json),
 }
 
@@ -80,7 +81,7 @@ def forward(
     logits, found = module.apply(
         {"params": params, "statistics": statistics}, images, by_batch, mutable=["statistics"] if by_batch else []
     )
-    return logits, found["statistics"] if by_batch else statistics
+    return logits, found.get("statistics", {}) if by_batch else statistics
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -98,7 +99,7 @@ def new_classifier(family: str, config: Any, labels: tuple[str, ...], image_size
     if len(labels) != config.classes:
         raise UserError(f"new_classifier: {len(labels)} labels for {config.classes} classes; give one for each")
     found = FAMILIES[family].module(config).init(key, jnp.zeros((1, image_size, image_size, config.channels)))
-    return Classifier(found["params"], found["statistics"], family, config, tuple(labels), image_size)
+    return Classifier(found["params"], found.get("statistics", {}), family, config, tuple(labels), image_size)
 
 
 def load_classifier(folder: str | Path) -> Classifier:
@@ -122,7 +123,7 @@ def load_classifier(folder: str | Path) -> Classifier:
     statistics = [name for name in checkpoint.files if name.endswith(STATISTICS)]
     found = {
         "params": read(checkpoint, names, abstract["params"], (*STATISTICS, "num_batches_tracked")),
-        "statistics": read(checkpoint.only(statistics), names, abstract["statistics"]),
+        "statistics": read(checkpoint.only(statistics), names, abstract.get("statistics", {})),
     }
     return Classifier(found["params"], found["statistics"], kind, config, labels, source=str(folder), **prepared)
 

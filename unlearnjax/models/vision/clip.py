@@ -11,12 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from unlearnjax.errors import UserError
-from unlearnjax.models.vision.layers import Conv, Linear
-
-ACTIVATIONS = {
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-}
+from unlearnjax.models.vision.layers import ACTIVATIONS, Conv, LayerNorm, Linear
 
 
 @dataclass(frozen=True)
@@ -44,23 +39,6 @@ class CLIPConfig:
     vocabulary: int
     positions: int
     end: int
-
-
-class LayerNorm(nn.Module):
-    """Over the last axis, in float32."""
-
-    epsilon: float
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
-        width = x.shape[-1]
-        scale = self.param("weight", nn.initializers.ones, (width,), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (width,), jnp.float32)
-        wide = x.astype(jnp.float32)
-        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.epsilon)
-        lead = (None,) * (x.ndim - 1)
-        return (normed * scale[lead] + bias[lead]).astype(x.dtype)
 
 
 class Attention(nn.Module):

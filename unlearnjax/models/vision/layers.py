@@ -13,6 +13,10 @@ from jaxtyping import Array, Float
 
 MOMENTUM = 0.1  # torch's: the weight of the newest batch
 EPSILON = 1e-5
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
 
 
 class Conv(nn.Module):
@@ -87,6 +91,23 @@ class Linear(nn.Module):
             return out
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         return out + bias.astype(x.dtype)[(None,) * (x.ndim - 1)]
+
+
+class LayerNorm(nn.Module):
+    """Over the last axis, in float32."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
+        width = x.shape[-1]
+        scale = self.param("weight", nn.initializers.ones, (width,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (width,), jnp.float32)
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.epsilon)
+        lead = (None,) * (x.ndim - 1)
+        return (normed * scale[lead] + bias[lead]).astype(x.dtype)
 
 
 def max_pool(x: Float[Array, "batch h w c"], size: int, stride: int, padding: int = 0) -> Float[Array, "batch h2 w2 c"]:
