@@ -1,4 +1,4 @@
-"""ResNet and Swin against transformers on folders that it wrote, VGG against a torch rendering: within 1e-4 (float32)."""
+"""ResNet and Swin against transformers on folders that it wrote, VGG against torch: logits within 1e-4 (float32)."""
 
 import dataclasses
 
