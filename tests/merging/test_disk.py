@@ -228,6 +228,10 @@ def poisoned(found):
         (lambda t: t.pop("lm_head.weight"), "tensor 'lm_head.weight' is in .*base and not in .*broken"),
         (lambda t: t.update(extra=np.ones(2, np.float32)), "tensor 'extra' is in .*broken and not in .*base"),
         (lambda t: t.update({"lm_head.weight": np.ones((3, 16), np.float32)}), r"is \[40, 16\] in .* and \[3, 16\] in"),
+        (
+            lambda t: t.update({"lm_head.weight": np.ones((40, 16), np.int8)}),
+            "'lm_head.weight' is bfloat16 in .*base, bfloat16 in .*one, int8 in .*broken; convert them",
+        ),
         (poisoned, "tensor 'model.norm.weight' of .*broken holds NaN or Inf"),
     ],
 )

@@ -123,6 +123,10 @@ class Checkpoint:
         """See `TensorFile.read_into`."""
         self.files[name].read_into(out, name, start)
 
+    def only(self, names: Iterable[str]) -> "Checkpoint":
+        """The checkpoint as if it held no other tensors."""
+        return Checkpoint(self.folder, {name: self.files[name] for name in names})
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self.files[name].slots[name].shape
 

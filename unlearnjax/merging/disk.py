@@ -144,7 +144,8 @@ def plan(job: Job) -> Plan:
         kinds = {str(source.dtype(name)) for source in (base, *models)}
         floating = kinds <= set(FLOATS)
         if not floating and any(kind in FLOATS or kind.startswith("float8") for kind in kinds):
-            raise UserError(f"merge: tensor {name!r} is {', '.join(sorted(kinds))} in these models; convert them first")
+            each = ", ".join(f"{source.dtype(name)} in {source.folder}" for source in (base, *models))
+            raise UserError(f"merge: tensor {name!r} is {each}; convert them to one of {', '.join(FLOATS)} first")
         dtype = wanted if wanted is not None and floating else base.dtype(name)
         own: Tensor = Tensor(name, base.shape(name), dtype, None)
         if floating:  # integer buffers are never merged

@@ -1,0 +1,1 @@
+"""Image models: classifiers as pure functions of parameters, statistics and images."""
