@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OUT ?= demo-out
 
-.PHONY: demo test check peers clean
+.PHONY: demo test test-slow check peers clean
 
 # libtpu (a compiler for TPUs; none is needed) lies apart: JAX would look for a TPU whenever it can import it.
 # torch first and by its exact version: a range would fetch the newest build, with several GB of CUDA packages.
@@ -24,7 +24,11 @@ demo: .venv/.base
 
 # Two workers: most of the time is XLA compiling, which leaves a core idle now and then.
 test: check
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -m 'not slow'
+
+# The rest: whole runs, kill drills, parity over many updates.
+test-slow: .venv/.test
+	$(BIN)/python -m pytest -n 2 -m slow
 
 check: .venv/.test
 	$(BIN)/ruff check .

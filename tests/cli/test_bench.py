@@ -48,6 +48,7 @@ def test_a_mesh(tmp_path):
     assert [x["mesh"] for x in lines(out)] == [{"data": 8}] * 2
 
 
+@pytest.mark.slow
 def test_training(tmp_path, capsys):
     out = tmp_path / "train.jsonl"
     argv = ["bench", "train", "--n", "1", "2", "--micro-batch", "1", "--length", "16", "--rank", "2"]

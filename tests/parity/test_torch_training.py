@@ -21,7 +21,7 @@ from unlearnjax.training.state import init_state
 from unlearnjax.training.step import Task
 
 # PEFT still asks transformers for a property under its old name.
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")]
 MODULES = {"q": "self_attn.q_proj", "v": "self_attn.v_proj", "down": "mlp.down_proj"}
 SETTINGS = {
     "learning_rate": 5e-3, "weight_decay": 0.05, "warmup_updates": 2, "total_updates": 12, "schedule": 1,

@@ -30,7 +30,7 @@ SENTENCE = "ada bob went home to see the old red fox near a long river and then 
 WORDS = SENTENCE.split()
 WIDTH, UPDATES, RATE = 256, 10, 5e-3
 
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")]
 
 
 def texts(count, seed):

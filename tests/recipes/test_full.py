@@ -18,6 +18,8 @@ from unlearnjax.recipes.prepare import load_reference
 from unlearnjax.recipes.run import run
 from unlearnjax.report.schema import read_report
 
+pytestmark = pytest.mark.slow
+
 PLAIN = {
     "name": "tiny",
     "defaults": {"epochs": 2, "learning_rate": 1e-2, "rank": 4, "alpha": 4, "accumulation": 1, "dropout": 0.0},

@@ -18,6 +18,8 @@ from unlearnjax.recipes.load import load_recipe
 from unlearnjax.training import checkpoint
 from unlearnjax.training.loop import train
 
+pytestmark = pytest.mark.slow
+
 RECIPE = """
 defaults: {epochs: 2, rank: 2, micro_batch: 4, accumulation: 1, dropout: 0.0, objective: npo, learning_rate: 1e-2}
 candidates: [{name: one}, {name: two, accumulation: 2}]

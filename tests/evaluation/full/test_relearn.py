@@ -16,6 +16,8 @@ from unlearnjax.models.abstract import init_params
 from unlearnjax.models.config import ModelConfig
 from unlearnjax.models.decoder import build
 
+pytestmark = pytest.mark.slow
+
 ROWS = [Row(f"d{i}{kind}", f"Where is {name}?", f" in {town}", "Task1")
         for i, (name, town) in enumerate([("Ann", "Rome"), ("Bob", "Oslo"), ("Cy", "Bern"), ("Di", "Lima")])
         for kind in ("sc1", "qa0")]  # fmt: skip
