@@ -15,9 +15,9 @@ from unlearnjax.data.images import forget_mask, load_images
 from unlearnjax.errors import UserError
 
 
-def png(pixels, mode=None):
+def png(pixels):
     out = io.BytesIO()
-    Image.fromarray(pixels, mode).save(out, "PNG")
+    Image.fromarray(pixels).save(out, "PNG")
     return {"bytes": out.getvalue(), "path": None}
 
 
