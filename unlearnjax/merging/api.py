@@ -3,7 +3,7 @@
 import functools
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -259,8 +259,10 @@ def _finite(leaves: list[Array]) -> list[Bool[Array, "N"]]:
 
 
 def _check_finite(paths: list[str], leaves: list[Array]) -> None:
-    with jax.ensure_compile_time_eval():  # concrete arrays may be merged inside a trace
-        found = _finite(leaves)
+    found: Sequence[Any] | None = host.all_finite(leaves)
+    if found is None:
+        with jax.ensure_compile_time_eval():  # concrete arrays may be merged inside a trace
+            found = _finite(leaves)
     for path, finite in zip(paths, found, strict=True):
         bad = np.flatnonzero(~np.asarray(finite))
         if bad.size:

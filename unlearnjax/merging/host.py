@@ -1,4 +1,4 @@
-"""Rounds that the host does at once, where it may: outside of any program, on arrays in a CPU's memory."""
+"""What the host does at once, where it may: outside of any program, on arrays in a CPU's memory."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Array, Float
+from unlearnjax_kernels.threshold.host import workers
 
 from unlearnjax.merging.protocol import Leaves, Rule, Settings, State
 
@@ -32,6 +33,41 @@ def at_once(rule: Rule, leaves: Leaves, state: State, settings: Settings) -> Sta
         if not round_.settled(state):
             break
     return state
+
+
+# By dtype: the patterns' type, what leaves out the sign, and infinity's pattern; those of NaN are above it.
+_PATTERNS: dict[str, tuple[Any, int, int]] = {
+    "float32": (np.uint32, 0x7FFFFFFF, 0x7F800000),
+    "bfloat16": (np.uint16, 0x7FFF, 0x7F80),
+    "float16": (np.uint16, 0x7FFF, 0x7C00),
+}
+_CHUNK = 1 << 16  # entries that stay in a core's cache
+
+
+def all_finite(leaves: Sequence[Float[Array, "N ..."]]) -> list[np.ndarray] | None:
+    """Which candidates hold neither NaN nor infinity, bool [N] for each leaf; None where the arrays are not here.
+
+    XLA's reduction of `isfinite` is not vectorised on a CPU, and takes longer than most merges.
+    """
+    if not all(map(_here, leaves)):
+        return None
+    arrays = [np.asarray(leaf) for leaf in leaves]
+    rows = [row for array in arrays for row in array.reshape(len(array), -1)]
+    found = np.array(list(workers().map(_finite, rows)), bool)
+    ends = np.cumsum([len(array) for array in arrays])
+    return np.split(found, ends[:-1])
+
+
+def _finite(row: np.ndarray) -> bool:
+    if str(row.dtype) not in _PATTERNS:
+        return bool(np.isfinite(row).all())
+    kind, magnitude, infinity = _PATTERNS[str(row.dtype)]
+    bits = np.empty(min(_CHUNK, row.size), kind)
+    for start in range(0, row.size, _CHUNK):
+        part = row[start : start + _CHUNK].view(kind)
+        if np.bitwise_and(part, kind(magnitude), out=bits[: part.size]).max() >= infinity:
+            return False
+    return True
 
 
 def _here(x: Any) -> bool:
