@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,14 +121,13 @@ def merge(a: argparse.Namespace) -> None:
         raise UserError("merge: --out is missing: a new folder for the merged model, or --dry-run")
     from tqdm import tqdm
 
-    from unlearnjax.cli.commands import say
-
     recipe = None if a.recipe is None else Path(a.recipe).expanduser().read_text("utf-8")
     total = found.bytes_read * found.passes
     with tqdm(total=total, unit="B", unit_scale=True, desc="merging", disable=a.quiet) as bar:
         merge_folders(
             found, a.out, recipe=recipe, command=shlex.join(a.command_line),
-            max_shard_bytes=int(a.max_shard_size * 1e9), progress=bar.update, say=say,
+            max_shard_bytes=int(a.max_shard_size * 1e9), progress=bar.update,
+            say=lambda message: tqdm.write(f"unlearnjax: {message}", file=sys.stderr),
         )  # fmt: skip
     print(f"model:   {a.out}")
 
