@@ -34,7 +34,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 @pytest.fixture(scope="module", autouse=True)
 def _programs_are_dropped():
-    """Each compiled program is several memory mappings, and thousands of them exceed Linux's vm.max_map_count: the
+    """Each compiled program is several memory mappings, and thousands of them can exceed Linux's vm.max_map_count: the
     process dies in the middle of whatever compiles next."""
     yield
     jax.clear_caches()

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from unlearnjax.cli.huge_pages import with_huge_pages
+from unlearnjax.cli.huge_pages import KEEP, with_huge_pages
 
 linux = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has the setting")
 
@@ -17,6 +17,8 @@ def test_the_setting_is_added_once_and_beside_others():
     first = with_huge_pages({"A": "b"})
     assert first == {"A": "b", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
     assert with_huge_pages(first) is None
+    kept = with_huge_pages({}, keep_freed=True)
+    assert kept == {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1" + KEEP} and with_huge_pages(kept) is None
     beside = with_huge_pages({"GLIBC_TUNABLES": "glibc.malloc.check=1"})
     assert beside == {"GLIBC_TUNABLES": "glibc.malloc.check=1:glibc.malloc.hugetlb=1"}
     assert with_huge_pages({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}) is None

@@ -64,6 +64,20 @@ def stop():
     raise KeyboardInterrupt
 
 
+def interrupted(folders, out):
+    """A linear merge that has finished some of its files."""
+    with pytest.raises(KeyboardInterrupt):
+        run(folders, out, after(20, stop))
+
+
+def searched(folders, out, monkeypatch):
+    """A merge by ties that has its thresholds and no file."""
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "write_sharded", lambda *args, **kwargs: stop())
+        with pytest.raises(KeyboardInterrupt):
+            run(folders, out, method="ties", density=0.4)
+
+
 def unfinished(out: Path) -> Path:
     return out.with_name(f".{out.name}.unfinished")
 
@@ -102,8 +116,7 @@ def test_a_killed_process(folders, tmp_path):
 
 def test_a_half_written_file_is_written_again(folders, tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
-        run(folders, out, after(20, stop))
+    interrupted(folders, out)
     first = unfinished(out) / "model-00001-of-00004.safetensors"
     first.write_bytes(first.read_bytes()[:-7])
     run(folders, out)
@@ -114,10 +127,7 @@ def test_a_half_written_file_is_written_again(folders, tmp_path):
 def test_statistics_of_the_whole_model_are_not_searched_again(folders, tmp_path, monkeypatch):
     out = tmp_path / "out"
     found = plan(job(folders, "ties", density=0.4))
-    with monkeypatch.context() as patch:
-        patch.setattr(disk, "write_sharded", lambda *args, **kwargs: stop())
-        with pytest.raises(KeyboardInterrupt):
-            run(folders, out, method="ties", density=0.4)
+    searched(folders, out, monkeypatch)
     assert [p.name for p in unfinished(out).glob("*.npz")] == [disk.STATISTICS]
     monkeypatch.setattr(disk.Merger, "_search", lambda self: pytest.fail("searched again"))
     counts = []
@@ -130,10 +140,7 @@ def test_statistics_of_the_whole_model_are_not_searched_again(folders, tmp_path,
 
 def test_damaged_statistics_are_searched_again(folders, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        patch.setattr(disk, "write_sharded", lambda *args, **kwargs: stop())
-        with pytest.raises(KeyboardInterrupt):
-            run(folders, out, method="ties", density=0.4)
+    searched(folders, out, monkeypatch)
     saved = unfinished(out) / disk.STATISTICS
     saved.write_bytes(saved.read_bytes()[:-30])
     run(folders, out, method="ties", density=0.4)
@@ -156,8 +163,7 @@ def test_a_result_that_could_not_be_renamed_still_says_whose_it_is(folders, tmp_
 
 def test_files_that_nobody_claims_are_not_kept(folders, tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
-        run(folders, out, after(20, stop))
+    interrupted(folders, out)
     (unfinished(out) / "fingerprint.json").unlink()
     run(folders, out, method="consensus")
     run(folders, tmp_path / "at once", method="consensus")
@@ -166,8 +172,7 @@ def test_files_that_nobody_claims_are_not_kept(folders, tmp_path):
 
 def test_another_merge_does_not_go_on_with_it(folders, tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
-        run(folders, out, after(20, stop))
+    interrupted(folders, out)
     with pytest.raises(UserError, match=r"another run began .*job was .*remove that folder"):
         run(folders, out, method="consensus")
     os.utime(folders / "one" / "model.safetensors", (1, 1))

@@ -2,7 +2,6 @@
 
 import io
 import json
-import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,11 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from unlearnjax.data.hub import HUB, load_hub
 from unlearnjax.errors import UserError, nearest
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
-_HUB = re.compile(r"^(?P<id>[\w.-]+/[\w.-]+)(?::(?P<first>[\w.-]+))?(?::(?P<second>[\w.-]+))?$")
 
 
 class Images(NamedTuple):
@@ -134,19 +133,10 @@ def _from_parquet(source: str, path: Path) -> tuple[dict[str, Any], dict[str, tu
 
 
 def _from_hub(source: str) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
-    hub = _HUB.match(source)
+    hub = HUB.match(source)
     if hub is None or source.endswith(".parquet"):
         raise UserError(f"{source}: no such file")
-    config, split = (hub["first"], hub["second"]) if hub["second"] else (None, hub["first"])
-    try:
-        import datasets
-
-        found = datasets.load_dataset(hub["id"], config, split=split)
-    except Exception as error:  # the hub client raises many kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{source}: no such file here, and not to be had from the hub ({reason})") from None
-    if split is None:
-        raise UserError(f"{source}: give a split, as {source}:{next(iter(found))}; splits: {', '.join(found)}")
+    found = load_hub(source, hub)
     names = {name: tuple(f.names) for name, f in found.features.items() if hasattr(f, "names")}
     return {name: list(found[name]) for name in found.column_names}, names
 

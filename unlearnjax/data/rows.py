@@ -11,13 +11,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from unlearnjax.data.hub import HUB, load_hub
 from unlearnjax.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 DEFAULT_TASK = "Task"
-
-# org/name, org/name:split or org/name:config:split
-_HUB = re.compile(r"^(?P<id>[\w.-]+/[\w.-]+)(?::(?P<first>[\w.-]+))?(?::(?P<second>[\w.-]+))?$")
 
 
 class Row(NamedTuple):
@@ -86,7 +84,7 @@ def fingerprint(source_or_rows: str | Sequence[Row] | Sequence[Document]) -> str
     """
     if isinstance(source_or_rows, str):
         path = Path(source_or_rows).expanduser()
-        if not path.exists() and _HUB.match(source_or_rows) and path.suffix not in SUFFIXES:
+        if not path.exists() and HUB.match(source_or_rows) and path.suffix not in SUFFIXES:
             return fingerprint(load_rows(source_or_rows))
         with _open(source_or_rows, path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -121,10 +119,10 @@ def _records(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield `(place, record)`: place is what an error message calls it, such as `forget.jsonl, line 3`."""
     path = Path(source).expanduser()
     if not path.exists():
-        hub = _HUB.match(source)
+        hub = HUB.match(source)
         if hub is None or path.suffix in SUFFIXES:
             raise UserError(f"{source}: no such file")
-        yield from _from_hub(source, hub["id"], hub["first"], hub["second"])
+        yield from _from_hub(source, hub)
     elif path.is_dir():
         inside = sorted(entry.name for entry in path.iterdir() if entry.suffix in SUFFIXES)
         advice = f"one of its files, such as {inside[0]}" if inside else f"a {', '.join(SUFFIXES)} file"
@@ -213,20 +211,8 @@ def _parquet_rows(file: Any) -> Iterator[dict[str, Any]]:
         yield from batch.to_pylist()
 
 
-def _from_hub(source: str, name: str, first: str | None, second: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    config, split = (first, second) if second else (None, first)
-    try:
-        import datasets
-
-        found = datasets.load_dataset(name, config, split=split)
-    except Exception as error:  # the hub client raises many kinds: network, permission, missing names, bad files
-        raise UserError(
-            f"{source}: no such file here, and the hub data set {name} could not be loaded ({_first_line(error)})"
-        ) from None
-    if split is None:
-        if len(found) != 1:
-            raise UserError(f"{source}: has several splits, give one as {name}:SPLIT; splits: {', '.join(found)}")
-        found = next(iter(found.values()))
+def _from_hub(source: str, hub: re.Match[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    found = load_hub(source, hub)
     for number, record in enumerate(found, start=1):
         yield f"{source}, row {number}", record
 

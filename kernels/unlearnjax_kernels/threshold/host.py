@@ -66,12 +66,7 @@ def settled(search: Search) -> bool:
 
 
 def _kth(parts: Sequence[np.ndarray], k: int) -> int:
-    size = sum(part.size for part in parts)
-    if k <= 0:
-        return NOTHING
-    if k >= size:
-        return 0
-    bits = scratch(size)
+    bits = scratch(sum(part.size for part in parts))
     place = 0
     for part in parts:
         magnitude_bits(part, bits[place : place + part.size])

@@ -103,7 +103,7 @@ def new_classifier(family: str, config: Any, labels: tuple[str, ...], image_size
 
 
 def load_classifier(folder: str | Path) -> Classifier:
-    """Load a classifier from a Hugging Face folder (ResNet as transformers writes it), or from one of ours.
+    """Load a classifier from a Hugging Face folder (ResNet and Swin as transformers writes them), or from one of ours.
 
     Raises:
       UserError: no such folder; an unsupported model; a tensor that is missing, left over or of another shape.
