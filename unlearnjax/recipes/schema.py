@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from unlearnjax.merging.protocol import MergeMethod, Rule
 
-SCHEDULES = ("constant", "linear", "cosine")
+SCHEDULES = ("constant", "linear", "cosine", "steps")
 
 
 @dataclass(frozen=True)

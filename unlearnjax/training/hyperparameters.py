@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-SCHEDULES = ("constant", "linear", "cosine")
+SCHEDULES = ("constant", "linear", "cosine", "steps")
 
 
 class Hyperparameters(NamedTuple):
@@ -67,7 +67,8 @@ def subset(stacked: Any, keep: Sequence[int]) -> Any:
 
 
 def learning_rate(h: Hyperparameters, update: Int[Array, ""]) -> Float[Array, ""]:
-    """The rate of update `update` (counted from 0): linear warmup, then constant, linear decay to 0 or half a cosine.
+    """The rate of update `update` (counted from 0): linear warmup, then constant, linear decay to 0, half a cosine, or a
+    tenth after half of the rest and a hundredth after three quarters.
 
     As transformers' get_linear_schedule_with_warmup and its siblings define it, but with traced lengths.
     """
@@ -75,5 +76,6 @@ def learning_rate(h: Hyperparameters, update: Int[Array, ""]) -> Float[Array, ""
     warm = jnp.where(h.warmup_updates > 0.0, jnp.minimum(step / jnp.maximum(h.warmup_updates, 1.0), 1.0), 1.0)
     after = jnp.maximum(step - h.warmup_updates, 0.0) / jnp.maximum(h.total_updates - h.warmup_updates, 1.0)
     after = jnp.minimum(after, 1.0)
-    decay = jnp.stack([jnp.ones_like(after), 1.0 - after, 0.5 * (1.0 + jnp.cos(jnp.pi * after))])[h.schedule]
+    steps = jnp.where(after < 0.5, 1.0, jnp.where(after < 0.75, 0.1, 0.01))
+    decay = jnp.stack([jnp.ones_like(after), 1.0 - after, 0.5 * (1.0 + jnp.cos(jnp.pi * after)), steps])[h.schedule]
     return h.learning_rate * warm * decay

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from unlearnjax.models.vision.convolution import convolve
+
 MOMENTUM = 0.1  # torch's: the weight of the newest batch
 EPSILON = 1e-5
 ACTIVATIONS = {
@@ -36,10 +38,7 @@ class Conv(nn.Module):
         shape = (self.features, inputs, self.size, self.size)
         weight = self.param("weight", nn.initializers.normal(scale), shape, jnp.float32)
         pad = self.size // 2 if self.padding is None else self.padding
-        out = jax.lax.conv_general_dilated(
-            x, weight.astype(x.dtype), (self.stride, self.stride), [(pad, pad)] * 2,
-            dimension_numbers=("NHWC", "OIHW", "NHWC"),
-        )  # fmt: skip
+        out = convolve(x, weight.astype(x.dtype), self.stride, pad)
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
             out = out + bias.astype(out.dtype)[None, None, None]

@@ -1,0 +1,149 @@
+"""Scoring edited image models: rows of a data set, and every point start - lambda * direction of a sweep."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, PyTree
+
+from unlearnjax.data.labelled import Labelled
+from unlearnjax.models.vision.layers import MOMENTUM
+from unlearnjax.models.vision.net import Net
+
+BATCH = 500
+
+
+class Scored(NamedTuple):
+    """Of each row: whether the largest logit is its label's, and its label's softmax probability (float32).
+
+    A sweep's have leading axes [directions, lambdas].
+    """
+
+    correct: Bool[np.ndarray, "*points rows"]
+    confidence: Float[np.ndarray, "*points rows"]
+
+    def accuracy(self) -> Float[np.ndarray, "*points"]:
+        """In percent."""
+        return 100 * self.correct.mean(axis=-1)
+
+
+class Sheet(NamedTuple):
+    """Rows to score, and the weights that are not edited: CLIP's head differs between data sets."""
+
+    data: Labelled
+    fixed: PyTree[Array]
+
+
+def score(net: Net, trained: PyTree[Array], sheet: Sheet, batch: int = BATCH) -> Scored:
+    """Score all rows of a sheet."""
+    zero = jax.tree.map(jnp.zeros_like, trained)
+    found = _points(net, trained, [zero], [0.0], sheet, batch)
+    return Scored(*(x[0, 0] for x in found))
+
+
+def sweep(
+    net: Net,
+    start: PyTree[Array],
+    directions: Sequence[PyTree[Array]],
+    lambdas: Sequence[float],
+    sheets: Mapping[str, Sheet],
+    *,
+    one_program: bool | None = None,
+    batch: int = BATCH,
+) -> dict[str, Scored]:
+    """Score start - lambda * direction for all directions and lambdas on every sheet.
+
+    Args:
+      one_program: one compiled program per sheet's size for all points, the lambdas of a direction mapped together;
+        needs memory for all directions. False: one program that is called for each point and batch. Default: the
+        first on accelerators, the second on a CPU, where convolutions are slow inside of loops.
+
+    Returns:
+      For each sheet the scores with leading axes [directions, lambdas].
+    """
+    together = jax.default_backend() != "cpu" if one_program is None else one_program
+    run = _together if together else _points
+    return {name: run(net, start, directions, lambdas, sheet, batch) for name, sheet in sheets.items()}
+
+
+def edit(start: PyTree[Array], direction: PyTree[Array], factor: float | Float[Array, ""]) -> PyTree[Array]:
+    """start - factor * direction; where the product is 0 the weight is the start's, bit for bit."""
+    return jax.tree.map(lambda p, d: p - jnp.asarray(factor, p.dtype) * d, start, direction)
+
+
+def _of_rows(net: Net, trained: PyTree[Array], sheet: Sheet, rows: Array) -> tuple[Array, Array]:
+    logits, _ = net.logits(trained, sheet.fixed, sheet.data.pixels[rows].astype(jnp.float32))
+    labels = sheet.data.labels[rows]
+    own = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), labels[:, None], axis=-1)[:, 0]
+    return jnp.argmax(logits, axis=-1) == labels, own
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _point(net: Net, start: PyTree, direction: PyTree, factor: Array, sheet: Sheet, rows: Array) -> tuple[Array, Array]:
+    return _of_rows(net, edit(start, direction, factor), sheet, rows)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _all_points(net: Net, start: PyTree, directions: PyTree, factors: Array, sheet: Sheet, rows: Array) -> tuple:
+    def one(direction: PyTree) -> tuple[Array, Array]:
+        edited = jax.vmap(lambda factor: edit(start, direction, factor))(factors)
+        return jax.lax.map(lambda own: jax.vmap(lambda w: _of_rows(net, w, sheet, own))(edited), rows)
+
+    return jax.lax.map(one, directions)
+
+
+def _rows(sheet: Sheet, batch: int) -> Array:
+    """[batches, batch]: all rows in order, and the last one again until the last batch is full."""
+    count = int(sheet.data.labels.shape[0])
+    size = min(batch, count)
+    return jnp.minimum(jnp.arange(-(-count // size) * size, dtype=jnp.int32), count - 1).reshape(-1, size)
+
+
+def _points(
+    net: Net, start: PyTree, directions: Sequence[PyTree], lambdas: Sequence[float], sheet: Sheet, batch: int
+) -> Scored:
+    rows, count = _rows(sheet, batch), int(sheet.data.labels.shape[0])
+    factors = jnp.asarray(lambdas, jnp.float32)
+    correct = np.empty((len(directions), len(lambdas), count), bool)
+    confidence = np.empty(correct.shape, np.float32)
+    for d, direction in enumerate(directions):
+        for k in range(len(lambdas)):
+            found = [_point(net, start, direction, factors[k], sheet, own) for own in rows]
+            for place, values in zip((correct, confidence), zip(*jax.device_get(found), strict=True), strict=True):
+                place[d, k] = np.concatenate(values)[:count]
+    return Scored(correct, confidence)
+
+
+def _together(
+    net: Net, start: PyTree, directions: Sequence[PyTree], lambdas: Sequence[float], sheet: Sheet, batch: int
+) -> Scored:
+    rows, count = _rows(sheet, batch), int(sheet.data.labels.shape[0])
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *directions)
+    found = _all_points(net, start, stacked, jnp.asarray(lambdas, jnp.float32), sheet, rows)
+    # [directions, batches, lambdas, batch]
+    flat = [np.moveaxis(np.asarray(x), 1, 2).reshape(len(directions), len(lambdas), -1)[..., :count] for x in found]
+    return Scored(*flat)
+
+
+def re_estimated(net: Net, trained: PyTree[Array], sheet: Sheet, batch: int = BATCH) -> PyTree[Array]:
+    """`fixed` with BatchNorm's statistics measured anew for edited weights: means over the batches of `sheet` (the last
+    one, where it is not full, is left out unless it is the only one)."""
+    count = int(sheet.data.labels.shape[0])
+    size = min(batch, count)
+    total = None
+    for begin in range(0, count - size + 1, size):
+        own = jnp.arange(begin, begin + size, dtype=jnp.int32)
+        found = _batch_statistics(net, trained, sheet, own)
+        total = found if total is None else jax.tree.map(jnp.add, total, found)
+    return {**sheet.fixed, "statistics": jax.tree.map(lambda x: x / (count // size), total)}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _batch_statistics(net: Net, trained: PyTree, sheet: Sheet, rows: Array) -> PyTree[Array]:
+    """The batch's own: what the running ones were moved towards."""
+    _, moved = net.logits(trained, sheet.fixed, sheet.data.pixels[rows].astype(jnp.float32), True)
+    before = sheet.fixed["statistics"]
+    return jax.tree.map(lambda a, b: (a - (1 - MOMENTUM) * b) / MOMENTUM, moved["statistics"], before)

@@ -1,0 +1,1 @@
+"""Fine-tuning image models: many candidates of one start, under many settings."""

@@ -1,0 +1,114 @@
+"""What may differ between candidates of an image model, as plain data and as arrays."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from unlearnjax.data.augment import Strength
+from unlearnjax.errors import UserError
+from unlearnjax.training.hyperparameters import SCHEDULES
+
+OPTIMIZERS = ("sgd", "adamw")
+BATCH_NORM = ("frozen", "batch")
+MAPPINGS = ("vmap", "unroll")
+
+
+@dataclass(frozen=True)
+class ImageCandidate:
+    """One fine-tune's settings.
+
+    Attributes:
+      epochs: passes over its rows. schedule: of the learning rate (`steps`: a tenth after half and after three quarters
+        of the updates), after warmup_updates of linear warmup.
+      momentum: of SGD. max_grad_norm: None is no clipping. label_smoothing: share spread evenly over the classes.
+      flip: probability of a horizontal flip. crop_padding: pixels of zeros around, before a random crop.
+      magnitude, operations: RandAugment's M and N (N = 0: none), as timm's rand-mM-nN-mstd0.5.
+      ascend: climb the loss instead of descending. l1: weight of the sum of magnitudes of all weights, which falls
+        linearly to 0 (l1-sparse, 2304.04934).
+      seed: of the order of rows and of the augmentation.
+    """
+
+    name: str
+    learning_rate: float = 0.05
+    weight_decay: float = 5e-4
+    epochs: int = 10
+    momentum: float = 0.9
+    schedule: str = "cosine"
+    warmup_updates: int = 0
+    max_grad_norm: float | None = None
+    label_smoothing: float = 0.0
+    flip: float = 0.0
+    crop_padding: int = 0
+    magnitude: float = 0.0
+    operations: int = 0
+    ascend: bool = False
+    l1: float = 0.0
+    seed: int = 0
+
+
+class Settings(NamedTuple):
+    """One candidate's (or, stacked, all candidates'). Counts are in updates."""
+
+    learning_rate: Float[Array, ""]
+    weight_decay: Float[Array, ""]
+    momentum: Float[Array, ""]
+    label_smoothing: Float[Array, ""]
+    max_grad_norm: Float[Array, ""]  # inf: no clipping
+    warmup_updates: Float[Array, ""]
+    total_updates: Float[Array, ""]
+    schedule: Int[Array, ""]  # index into SCHEDULES
+    sign: Float[Array, ""]  # of the loss: -1 climbs it
+    l1: Float[Array, ""]
+    seed: Int[Array, ""]
+    strength: Strength
+
+
+LARGEST_CROP_PADDING = 64
+MAGNITUDE_STD = 0.5  # timm's mstd0.5
+
+
+def check(candidate: ImageCandidate, where: str) -> None:
+    """Refuse settings out of range.
+
+    Raises:
+      UserError: which candidate and setting, and what is allowed.
+    """
+    c = candidate
+    rules: list[tuple[str, bool, str]] = [
+        ("learning_rate", c.learning_rate > 0, "above 0"), ("weight_decay", c.weight_decay >= 0, "0 or more"),
+        ("epochs", c.epochs >= 1, "1 or more"), ("momentum", 0 <= c.momentum < 1, "from 0 to below 1"),
+        ("schedule", c.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+        ("warmup_updates", c.warmup_updates >= 0, "0 or more"),
+        ("max_grad_norm", c.max_grad_norm is None or c.max_grad_norm > 0, "above 0, or null"),
+        ("label_smoothing", 0 <= c.label_smoothing < 1, "from 0 to below 1"), ("flip", 0 <= c.flip <= 1, "from 0 to 1"),
+        ("crop_padding", 0 <= c.crop_padding <= LARGEST_CROP_PADDING, f"from 0 to {LARGEST_CROP_PADDING}"),
+        ("magnitude", 0 <= c.magnitude <= 10, "from 0 to 10"), ("operations", 0 <= c.operations <= 3, "from 0 to 3"),
+        ("l1", c.l1 >= 0, "0 or more"), ("seed", 0 <= c.seed < 2**31, "from 0 to 2^31 - 1"),
+    ]  # fmt: skip
+    for name, good, allowed in rules:
+        if not good:
+            raise UserError(f"{where}: candidate {c.name}: {name} is {getattr(c, name)!r} and must be {allowed}")
+
+
+def stack(candidates: Sequence[ImageCandidate], updates: Sequence[int]) -> Settings:
+    """All candidates' settings, a leading axis N on every leaf. `updates`: how many each will take."""
+
+    def column(name: str) -> Float[Array, " N"]:
+        return jnp.asarray([float(getattr(c, name)) for c in candidates], jnp.float32)
+
+    clip = [float("inf") if c.max_grad_norm is None else c.max_grad_norm for c in candidates]
+    return Settings(
+        *(column(n) for n in ("learning_rate", "weight_decay", "momentum", "label_smoothing")),
+        jnp.asarray(clip, jnp.float32), column("warmup_updates"), jnp.asarray(updates, jnp.float32),
+        jnp.asarray([SCHEDULES.index(c.schedule) for c in candidates], jnp.int32),
+        jnp.asarray([-1.0 if c.ascend else 1.0 for c in candidates], jnp.float32), column("l1"),
+        jnp.asarray([c.seed for c in candidates], jnp.uint32),
+        Strength(
+            column("flip"), jnp.asarray([c.crop_padding for c in candidates], jnp.int32), column("magnitude"),
+            jnp.asarray([c.operations for c in candidates], jnp.int32),
+            jnp.full((len(candidates),), MAGNITUDE_STD, jnp.float32),
+        ),
+    )  # fmt: skip
