@@ -5,6 +5,7 @@ import json
 import shlex
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,11 +58,23 @@ def _show(report: dict[str, Any], out: Path) -> None:
         raise UserError(f"no model was written, because candidates diverged; lower learning_rate (curves: {curves})")
 
 
+IMAGE_OPTIONS = ("data", "test", "forget_test", "validation", "resize")
+TEXT_OPTIONS = ("retain", "members", "nonmembers", "probe", "mmlu_data", "evaluate")
+
+
 def run(a: argparse.Namespace) -> None:
     """`unlearnjax run`."""
+    from unlearnjax.errors import UserError
+    from unlearnjax.recipes.images.subjects import is_image_model
     from unlearnjax.recipes.load import load_recipe, with_suite
     from unlearnjax.recipes.run import run
 
+    if is_image_model(a.model):
+        _run_images(a)
+        return
+    _refuse(a, IMAGE_OPTIONS, "is for image models, and this is a language model")
+    if a.retain is None:
+        raise UserError("the following arguments are required: --retain (see unlearnjax run --help)")
     recipe = with_suite(load_recipe(a.recipe), a.evaluate)
     report = run(
         a.model, _sources(a), a.out, recipe, gold=a.gold, mmlu_data=a.mmlu_data, mmlu_shots=a.mmlu_shots, dtype=a.dtype,
@@ -69,6 +82,39 @@ def run(a: argparse.Namespace) -> None:
         stop=a.stop, say=say,
     )  # fmt: skip
     _show(report, Path(a.out))
+
+
+def _refuse(a: argparse.Namespace, options: Sequence[str], why: str) -> None:
+    from unlearnjax.errors import UserError
+
+    for name in options:
+        if getattr(a, name):
+            raise UserError(f"--{name.replace('_', '-')} {why}")
+
+
+def _run_images(a: argparse.Namespace) -> None:
+    from unlearnjax.errors import UserError
+    from unlearnjax.recipes.images.data import ImageSources
+    from unlearnjax.recipes.images.run import run_images
+    from unlearnjax.recipes.load import load_image_recipe
+    from unlearnjax.report.images import render_images_markdown
+
+    _refuse(a, TEXT_OPTIONS, "is for language models, and this is an image model")
+    if a.data is None or a.test is None:
+        raise UserError("an image model needs --data and --test (see unlearnjax run --help)")
+    recipe = load_image_recipe(a.recipe, a.model)
+    sources = ImageSources(a.data, a.forget, a.test, a.validation, a.forget_test, a.resize)
+    report = run_images(
+        a.model, sources, a.out, recipe, gold=a.gold, command=a.command_line, progress=not a.quiet, resume=a.resume,
+        stop=a.stop,
+    )  # fmt: skip
+    print(render_images_markdown(report))
+    for warning in report["warnings"]:
+        _warn(warning)
+    print(f"report: {Path(a.out) / 'report.html'}")
+    if "exported" not in report:
+        raise UserError("no model was written: the rule forbids every lambda of every merge (see the warnings)")
+    print(f"model:  {Path(a.out) / 'model'} (the merge {report['exported']}, subtracted)")
 
 
 def demo(a: argparse.Namespace) -> None:

@@ -40,10 +40,11 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument("--quiet", action="store_true", help="no progress bars")
         return p
 
-    def data(p: argparse.ArgumentParser) -> None:
+    def data(p: argparse.ArgumentParser, images: bool = False) -> None:
         rows = "JSONL, JSON, parquet or a hub data set with the columns input, output and, if you like, id and task"
-        p.add_argument("--forget", required=True, metavar="F", help=f"rows to forget: {rows}")
-        p.add_argument("--retain", required=True, metavar="R", help="rows to keep, likewise")
+        or_images = "; of an image model class:NAME, fraction:F or ids:FILE of --data, or a data set" if images else ""
+        p.add_argument("--forget", required=True, metavar="F", help=f"rows to forget: {rows}{or_images}")
+        p.add_argument("--retain", required=not images, metavar="R", help="rows to keep, likewise")
         p.add_argument(
             "--members", metavar="M", help="documents the model was trained on and is to forget (membership)"
         )
@@ -73,9 +74,17 @@ def parser() -> argparse.ArgumentParser:
         )
 
     p = add("run", commands.run, "Unlearn: train candidates, merge, evaluate, export.")
-    p.add_argument("--model", required=True, help="a model folder or hub id")
-    data(p)
+    p.add_argument("--model", required=True, help="a language model, image classifier or CLIP model: folder or hub id")
+    data(p, images=True)
     mmlu(p)
+    group = p.add_argument_group("image models")
+    text = "parquet or a hub data set with columns of images and labels: what a classifier was trained on, or CLIP keeps"
+    group.add_argument("--data", metavar="D", help=text)
+    group.add_argument("--test", metavar="T", help="images for the scores at the end")
+    group.add_argument("--forget-test", metavar="T", help="the same for a --forget that is a data set with own classes")
+    text = "images to choose lambda by (default: half of --test; for CLIP rows held out of --data)"
+    group.add_argument("--validation", metavar="V", help=text)
+    group.add_argument("--resize", action="store_true", help="bring images to the size and mode that the model takes")
     p.add_argument("--out", required=True, help="a new or empty folder for everything that is made")
     p.add_argument("--recipe", default="default", help="a recipe's name, or a YAML file (default: default)")
     p.add_argument("--gold", metavar="G", help="a model that never saw the forget rows, to compare with")

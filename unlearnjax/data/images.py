@@ -34,11 +34,13 @@ class Images(NamedTuple):
         return Images(self.pixels[places], self.labels[places], self.names, tuple(self.ids[i] for i in places))
 
 
-def load_images(source: str) -> Images:
+def load_images(source: str, *, size: int | None = None, channels: int | None = None) -> Images:
     """Read an image-classification data set as the hub keeps them: a column of encoded images and one of labels.
 
     Args:
       source: a parquet file, or `org/name`, `org/name:split` or `org/name:config:split` on the hub.
+      size: bring images to this height and width: the shorter side is resized to it (bicubic, as CLIP's preparation
+        does), and the middle is cut out. channels: bring them to 1 (grey) or 3 (RGB). Default: as they are.
 
     Raises:
       UserError: no such file or data set; no column of images or of labels; an image that cannot be decoded, or of
@@ -57,7 +59,7 @@ def load_images(source: str) -> Images:
         row = int(np.argmax(labels))
         raise UserError(f"{source}, row {row}: label {labels[row]}, and there are names for {len(names)} classes")
     ids = tuple(map(str, columns["id"])) if "id" in columns else tuple(map(str, range(count)))
-    return Images(_decoded(source, columns[image]), labels, names, ids)
+    return Images(_decoded(source, columns[image], size, channels), labels, names, ids)
 
 
 def _column(source: str, columns: dict[str, Any], names: Sequence[str], what: str) -> str:
@@ -74,7 +76,7 @@ def _labels(source: str, values: Sequence[Any]) -> np.ndarray:
     return np.asarray(values, np.int32)
 
 
-def _decoded(source: str, encoded: Sequence[Any]) -> np.ndarray:
+def _decoded(source: str, encoded: Sequence[Any], size: int | None, channels: int | None) -> np.ndarray:
     from PIL import Image, UnidentifiedImageError
 
     def decode(row: int) -> np.ndarray:
@@ -86,7 +88,7 @@ def _decoded(source: str, encoded: Sequence[Any]) -> np.ndarray:
                     raw = opened.convert("RGB") if opened.mode in ("P", "RGBA") else opened.copy()
             if raw.mode not in ("L", "RGB"):
                 raise UserError(f"{source}, row {row}: the image's mode is {raw.mode}; convert it to RGB or L")
-            pixels = np.asarray(raw, np.uint8)
+            pixels = np.asarray(_brought_to(raw, size, channels), np.uint8)
         except (UnidentifiedImageError, OSError, TypeError, AttributeError, KeyError) as error:
             raise UserError(f"{source}, row {row}: is no image that can be decoded ({error})") from None
         return pixels if pixels.ndim == 3 else pixels[..., None]
@@ -107,6 +109,21 @@ def _decoded(source: str, encoded: Sequence[Any]) -> np.ndarray:
         for _ in pool.map(place, range(len(encoded))):
             pass
     return out
+
+
+def _brought_to(image: Any, size: int | None, channels: int | None) -> Any:
+    """A PIL image of that size and so many channels, where they are given."""
+    from PIL import Image
+
+    if channels is not None:
+        image = image.convert("RGB" if channels == 3 else "L")
+    if size is None or image.size == (size, size):
+        return image
+    shorter = min(image.size)
+    width, height = (max(size, round(side * size / shorter)) for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    return resized.crop((left, top, left + size, top + size))
 
 
 def _from_parquet(source: str, path: Path) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:

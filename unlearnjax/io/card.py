@@ -54,6 +54,7 @@ def model_card(
     scores: str | None = None,
     recipe: Mapping[str, Any] | str | None = None,
     limits: Sequence[str] = LIMITS,
+    images: bool = False,
 ) -> str:
     """The text of README.md.
 
@@ -66,18 +67,18 @@ def model_card(
       forget, retain: which data, with fingerprint, such as `forget.jsonl (254 rows, sha256 0f3a...)`.
       scores: a Markdown table.
       recipe: the recipe as plain data or as YAML text.
-      limits: sentences on what the model is not.
+      limits: sentences on what the model is not. images: it is an image model.
     """
     import yaml
 
     front = {
         "base_model": [base_model] if isinstance(base_model, str) else list(base_model),
         "library_name": library,
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "image-classification" if images else "text-generation",
         "tags": ["unlearnjax", "machine-unlearning"] + ["merge"] * merge + ["lora"] * (library == "peft"),
     }
     parts = [f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---", f"# {title}"]
-    kind = "A LoRA adapter" if library == "peft" else "A language model"
+    kind = "A LoRA adapter" if library == "peft" else f"{'An image' if images else 'A language'} model"
     origin = ", merged from several candidates" if merge else ""
     parts.append(f"{kind} that unlearned part of its training data, made with unlearnjax{origin}.")
     if method:

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from unlearnjax.errors import UserError, nearest
+from unlearnjax.io.huggingface import read_json, resolve
+from unlearnjax.recipes.images.parse import image_recipe_from
+from unlearnjax.recipes.images.schema import ImageRecipe
 from unlearnjax.recipes.parse import recipe_from
 from unlearnjax.recipes.schema import Recipe
 
@@ -60,9 +63,17 @@ def load_recipe(name_or_file: str) -> Recipe:
     Raises:
       UserError: no such recipe (with the nearest name) or file, broken YAML (file and line), or a wrong entry.
     """
+    raw, where = _raw(name_or_file)
+    if isinstance(raw, dict) and raw.get("kind") == "images":
+        raise UserError(f"{where}: is for image models; this one needs a recipe without kind: images")
+    return recipe_from(raw, where)
+
+
+def _raw(name_or_file: str) -> tuple[Any, str]:
+    """(plain data, what to call it)"""
     if name_or_file in names():
         text = resources.files(__package__).joinpath(f"{name_or_file}.yml").read_text(encoding="utf-8")
-        return recipe_from(_parse(text, name_or_file), f"recipe {name_or_file}")
+        return _parse(text, name_or_file), f"recipe {name_or_file}"
     path = Path(name_or_file).expanduser()
     if not path.is_file():
         if len(path.parts) > 1 or path.suffix in (".yml", ".yaml"):
@@ -74,7 +85,22 @@ def load_recipe(name_or_file: str) -> Recipe:
         raise UserError(f"{name_or_file}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{name_or_file}: not UTF-8 (byte {error.start}); save the file as UTF-8") from None
-    return recipe_from(_parse(text, name_or_file), name_or_file)
+    return _parse(text, name_or_file), name_or_file
+
+
+def load_image_recipe(name_or_file: str, model: str) -> ImageRecipe:
+    """A recipe for an image model: `negmerge` (and `default`) stand for what ships for its kind; or a file.
+
+    Raises:
+      UserError: see `load_recipe`; a recipe for language models.
+    """
+    if name_or_file in ("negmerge", "default"):
+        clip = read_json(resolve(model) / "config.json").get("model_type") == "clip"
+        name_or_file = "negmerge-clip" if clip else "negmerge-images"
+    raw, where = _raw(name_or_file)
+    if not isinstance(raw, dict) or raw.get("kind") != "images":
+        raise UserError(f"{where}: is for language models; one for image models says kind: images")
+    return image_recipe_from(raw, where)
 
 
 def with_suite(recipe: Recipe, suite: str | None) -> Recipe:

@@ -1,0 +1,235 @@
+"""The report of a run on an image model: its schema, its page, and its table."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from unlearnjax.errors import UserError
+from unlearnjax.report import charts, schema, tables
+from unlearnjax.report.markup import Markup, element
+from unlearnjax.report.page import header, page, section, warnings_box, yaml_text
+
+SCHEMA, VERSION = "unlearnjax.images-report", 1
+COLUMNS = (("retain", "Retain"), ("forget", "Forget"), ("test", "Test"), ("mia", "MIA-efficacy"), ("gap", "Avg. Gap"))
+KINDS = ("base", "retrained", "baseline", "merge")
+MARKS = {"retrained": "gold", "baseline": "candidate"}  # the page's marks are those of language models' reports
+
+_MAYBE = schema.or_null(schema.number)
+_SCORES = schema.record({name: _MAYBE for name in ("retain", "forget", "test", "mia")})
+_COLUMN = schema.list_of(_MAYBE)
+_REPORT = schema.record(
+    {
+        "schema": schema.string, "version": schema.integer, "title": schema.string, "created": schema.string,
+        "unlearnjax": schema.string, "command": schema.list_of(schema.string),
+        "hardware": schema.HARDWARE, "recipe": schema.OBJECT,
+        "data": schema.mapping_of(schema.record({"rows": schema.integer, "sha256": schema.string})),
+        "rule": schema.record(
+            {"name": schema.one_of("keep", "closest"), "floor": _MAYBE, "target": schema.or_null(_SCORES)}
+        ),
+        "weights": schema.record({"trained": schema.integer, "all": schema.integer}),
+        "candidates": schema.list_of(
+            schema.record(
+                {
+                    "name": schema.string, "settings": schema.OBJECT, "status": schema.one_of("finished", "diverged"),
+                    "diverged_at": schema.or_null(schema.integer), "curves": schema.curves,
+                }
+            )
+        ),
+        "merges": schema.list_of(
+            schema.record(
+                {
+                    "name": schema.string, "method": schema.string, "semantics": schema.or_null(schema.string),
+                    "hyperparameters": schema.OBJECT, "candidates": schema.list_of(schema.string), "lambda": _MAYBE,
+                },
+                optional={
+                    "members": schema.list_of(schema.string), "cost": schema.number,
+                    "sparsity": schema.record({"trained": schema.number, "all": schema.number}),
+                    "sweep": schema.record({n: _COLUMN for n in ("lambda", "retain", "forget", "test", "mia")}),
+                },
+            )
+        ),
+        "models": schema.list_of(
+            schema.record(
+                {"name": schema.string, "kind": schema.one_of(*KINDS), "scores": _SCORES, "gap": _MAYBE},
+                optional={"data": schema.string},
+            )
+        ),
+        "warnings": schema.list_of(schema.string),
+    },
+    optional={"exported": schema.string},
+)  # fmt: skip
+
+
+def validate(report: Mapping[str, Any], where: str = schema.FILE) -> None:
+    """Check a report against the schema.
+
+    Raises:
+      UserError: another schema or version, or the path of the first wrong, missing or unknown key.
+    """
+    if not isinstance(report, dict) or report.get("schema") != SCHEMA:
+        raise UserError(f"{where}: not a report on an image model")
+    if report.get("version") != VERSION:
+        raise UserError(f"{where}: version {report.get('version')!r}; this unlearnjax reads {VERSION}")
+    _REPORT(report, where)
+
+
+def complete(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The report with its schema's name and version, in JSON's own types."""
+    return dict(schema.plain({"schema": SCHEMA, "version": VERSION, **report}))
+
+
+def write_images_report(folder: Path, report: Mapping[str, Any]) -> None:
+    """Validate and write `report.json`, whole or not at all."""
+    full = complete(report)
+    validate(full)
+    schema.write_json(folder / schema.FILE, full)
+
+
+def read_images_report(path: str | Path) -> dict[str, Any]:
+    """Read and validate a report, given as the file or its folder.
+
+    Raises:
+      UserError: no such file, broken JSON, or not such a report.
+    """
+    path = Path(path)
+    path = path / schema.FILE if path.is_dir() else path
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: broken JSON ({error})") from None
+    validate(found, str(path))
+    return dict(found)
+
+
+def render_images_markdown(report: Mapping[str, Any]) -> str:
+    """The models' scores as a Markdown table, in percent."""
+    used = _used(report["models"])
+    lines = ["| model | " + " | ".join(title for _, title in used) + " | lambda |", "|---" * (len(used) + 2) + "|"]
+    for model in _ordered(report["models"]):
+        cells = [_percent(_value(model, key)) for key, _ in used]
+        lines.append(f"| {model['name']} | " + " | ".join([*cells, _lambda(report, model["name"])]) + " |")
+    return "\n".join(lines)
+
+
+def render_images_html(report: Mapping[str, Any]) -> str:
+    """The report as one self-contained page."""
+    report = complete(report)
+    validate(report)
+    body = element(
+        "main",
+        header(report),
+        element("p", _lead(report), class_="lead"),
+        warnings_box(report["warnings"]),
+        section("Scores", _scores(report), element("p", _SCORES_NOTE, class_="note")),
+        _sweeps(report),
+        section("Merges", _merges(report)) if report["merges"] else None,
+        _losses(report["candidates"]),
+        section("Data", _data(report["data"])),
+        section("Recipe", element("pre", element("code", yaml_text(report["recipe"])))),
+        section("Command", element("pre", element("code", " ".join(report["command"]) or "(from Python)"))),
+        element("footer", f"Written by unlearnjax {report['unlearnjax']}.", class_="note"),
+    )
+    return page(report["title"], body)
+
+
+_SCORES_NOTE = (
+    "In percent. Retain, Forget, Test: accuracy. MIA-efficacy: the share of forget images that SalUn's attack takes for "
+    "unseen ones. What is right is what the retrained model has; Avg. Gap is the mean absolute difference from it."
+)
+
+
+def _lead(report: Mapping[str, Any]) -> str:
+    rule = report["rule"]
+    by = ("closeness to the retrained model" if rule["name"] == "closest"
+          else f"the lowest forget accuracy at a retain accuracy of at least {rule['floor']:.2f}")  # fmt: skip
+    text = f"{len(report['candidates'])} candidates fine-tuned on the forget images; lambda chosen by {by}, on validation"
+    exported = f"; exported: {report['exported']}" if "exported" in report else ""
+    return f"{text} images{exported}."
+
+
+def _ordered(models: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return sorted(models, key=lambda model: KINDS.index(model["kind"]))
+
+
+def _value(model: Mapping[str, Any], key: str) -> float | None:
+    found: float | None = model["gap"] if key == "gap" else model["scores"][key]
+    return found
+
+
+def _used(models: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    return [(key, title) for key, title in COLUMNS if any(_value(m, key) is not None for m in models)]
+
+
+def _percent(value: float | None) -> str:
+    return tables.NONE if value is None else f"{value:.2f}"
+
+
+def _lambda(report: Mapping[str, Any], name: str) -> str:
+    found = next((m["lambda"] for m in report["merges"] if m["name"] == name), None)
+    return tables.NONE if found is None else f"{found:g}"
+
+
+def _cell(text: str) -> Markup:
+    return element("td", text, class_="r")
+
+
+def _scores(report: Mapping[str, Any]) -> Markup:
+    used = _used(report["models"])
+    heads = [tables.head("Model"), *(tables.number_head(title) for _, title in used), tables.number_head("lambda")]
+    rows = []
+    for model in _ordered(report["models"]):
+        name = tables.name_cell({"name": model["name"], "kind": MARKS.get(model["kind"], model["kind"])})
+        cells = [_cell(_percent(_value(model, key))) for key, _ in used]
+        rows.append(element("tr", name, *cells, _cell(_lambda(report, model["name"]))))
+    return tables.table([heads], rows)
+
+
+def _sweeps(report: Mapping[str, Any]) -> Markup | None:
+    """Forget against retain accuracy along lambda, a line per merge."""
+    floor = report["rule"]["floor"]
+    drawn = []
+    for merge in report["merges"]:
+        sweep = merge.get("sweep")
+        if sweep is not None and merge["lambda"] is not None:
+            points = [(r / 100, 1 - f / 100) for r, f in zip(sweep["retain"], sweep["forget"], strict=True)]
+            drawn.append(charts.Trace(merge["name"], points, sweep["lambda"].index(merge["lambda"])))
+    if not drawn:
+        return None
+    words = ("retained: retain accuracy, right is better", "forgotten: 1 \u2212 forget accuracy, up is more")
+    return section(
+        "Forgotten against retained along lambda",
+        charts.traces(drawn, None if floor is None else floor / 100, words),
+        element("p", "On validation images; the circle is the lambda that the rule chose.", class_="note"),
+    )
+
+
+def _merges(report: Mapping[str, Any]) -> Markup:
+    titles = ("lambda", "Zeros of trained weights", "Zeros of all weights")
+    heads = [tables.head("Merge"), tables.head("Method"), *map(tables.number_head, titles), tables.head("Members")]
+    rows = []
+    for merge in report["merges"]:
+        zeros = merge.get("sparsity")
+        shares = [tables.NONE if zeros is None else f"{100 * zeros[key]:.2f}%" for key in ("trained", "all")]
+        settings = ", ".join(f"{key}={value}" for key, value in merge["hyperparameters"].items())
+        text = merge["method"] + (f" ({settings})" if settings else "")
+        members = ", ".join(merge["members"]) if "members" in merge else f"{len(merge['candidates'])} candidates"
+        rows.append(element("tr", element("th", merge["name"], scope="row"), element("td", text),
+                            _cell(_lambda(report, merge["name"])), *map(_cell, shares), element("td", members)))  # fmt: skip
+    return tables.table([heads], rows)
+
+
+def _losses(candidates: Sequence[Mapping[str, Any]]) -> Markup | None:
+    curves = [charts.Curve(c["name"], c["curves"]["update"], c["curves"]["loss"], c["status"] == "diverged")
+              for c in candidates]  # fmt: skip
+    panel = charts.curve_panel("loss on the forget images", curves)
+    return None if panel is None else section("Loss curves", element("div", panel, class_="panels"))
+
+
+def _data(data: Mapping[str, Any]) -> Markup:
+    rows = [element("tr", element("th", name, scope="row"), _cell(f"{found['rows']:,}"),
+                    element("td", element("code", found["sha256"][:16])))
+            for name, found in data.items()]  # fmt: skip
+    return tables.table([[tables.head("Images"), tables.number_head("Rows"), tables.head("SHA-256")]], rows)
