@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from unlearnjax.report import charts, hidden, schema, tables, trajectory
+from unlearnjax.report import charts, hidden, schema, search, tables, trajectory
 from unlearnjax.report.markup import Child, Markup, element, group
 from unlearnjax.report.scores import KIND_NAMES, KINDS, Ranking, best, fixed, forgotten, ordered, ranking, retained
 from unlearnjax.report.scores import render_markdown_table as render_markdown_table  # part of this module's interface
@@ -40,6 +40,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         *trajectory.sections(report["candidates"]),
         _section("Candidates", *tables.candidate_table(report["candidates"])),
         _section("Merges", tables.merge_table(report["merges"]), _MERGE_NOTE) if report["merges"] else None,
+        search.section(report["merges"]),
         _section("Data", tables.data_table(report["data"]), _padding(report["data"].get("padding_share"))),
         _section("Recipe", element("pre", element("code", _yaml(report["recipe"])))),
         _section("Run", _run(report)),

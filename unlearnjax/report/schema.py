@@ -35,6 +35,11 @@ def _integer(value: Any, path: str) -> None:
         raise _fail(path, "a whole number", value)
 
 
+def _flag(value: Any, path: str) -> None:
+    if not isinstance(value, bool):
+        raise _fail(path, "true or false", value)
+
+
 def _string(value: Any, path: str) -> None:
     if not isinstance(value, str):
         raise _fail(path, "a string", value)
@@ -164,6 +169,42 @@ _TRAJECTORY = _record(
     }
 )
 
+_MERGE = _record(
+    {
+        "name": _string,
+        "method": _string,
+        "space": _string,
+        "semantics": _or_null(_string),
+        "hyperparameters": _OBJECT,
+        "candidates": _list_of(_string),
+        "exported_rank": _or_null(_integer),
+        "truncation_error": _or_null(_number),
+    },
+    optional={
+        "length": _or_null(_number),
+        "negated": _flag,
+        "scale": _number,
+        "search": _record(
+            {
+                "floor": _number,
+                "trials": _list_of(
+                    _record({"scale": _number, "forget": _number, "retain": _number}, optional={"candidate": _string})
+                ),
+            }
+        ),
+    },
+)
+
+
+def _merge(value: Any, path: str) -> None:
+    """A merge whose scale was searched is one of the trials."""
+    _MERGE(value, path)
+    if "search" in value:
+        own = [t for t in value["search"]["trials"] if t.get("candidate") in (None, *value["candidates"])]
+        if value.get("scale") not in [t["scale"] for t in own]:
+            raise UserError(f"{path}.scale: is not among the search's trials")
+
+
 _REPORT = _record(
     {
         "schema": _string,
@@ -202,21 +243,7 @@ _REPORT = _record(
                 optional={"trajectory": _TRAJECTORY},
             )
         ),
-        "merges": _list_of(
-            _record(
-                {
-                    "name": _string,
-                    "method": _string,
-                    "space": _string,
-                    "semantics": _or_null(_string),
-                    "hyperparameters": _OBJECT,
-                    "candidates": _list_of(_string),
-                    "exported_rank": _or_null(_integer),
-                    "truncation_error": _or_null(_number),
-                },
-                optional={"length": _or_null(_number)},
-            )
-        ),
+        "merges": _list_of(_merge),
         "models": _list_of(
             _record(
                 {"name": _string, "kind": _one_of("base", "gold", "candidate", "merge"), "scores": _SCORES},
