@@ -83,4 +83,4 @@ def test_names():
     with pytest.raises(UserError, match="did you mean 'graddiff'"):
         expand("gradiff", "x")
     assert objective(["klr", "npo"]).sides == ("forget", "retain")
-    assert objective(["ga"]).sides == ("forget",)
+    assert objective(["ga"]).sides == objective(expand("finetune", "x")).sides == ("forget",)

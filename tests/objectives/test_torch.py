@@ -72,7 +72,7 @@ def torch_term(name, hidden, base, head, targets):
         kl = (q.exp() * (q - logp)).sum(-1)
         if name == "ga":
             loss = -ce.mean()
-        elif name in ("gdr", "idk"):
+        elif name in ("gdr", "idk", "forget_ce"):
             loss = ce.mean()
         elif name == "klr":
             loss = kl.mean()

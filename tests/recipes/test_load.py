@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from unlearnjax.errors import UserError
+from unlearnjax.merging.search import LAMBDAS
 from unlearnjax.recipes.load import load_recipe, names
 from unlearnjax.recipes.parse import recipe_from
 from unlearnjax.recipes.schema import to_plain
@@ -13,7 +14,7 @@ ONE = "candidates: [{name: one}]\n"
 
 
 def test_every_recipe_that_ships_loads_and_reads_back():
-    assert names() == ["default", "demo", "zjuklab", "zjuklab-canonical"]
+    assert names() == ["default", "demo", "negmerge", "zjuklab", "zjuklab-canonical"]
     for name in names():
         recipe = load_recipe(name)
         assert recipe.name == name
@@ -34,6 +35,15 @@ def test_the_default_lies_between_over_and_under_forgetting_and_compares_merges(
     assert rates == sorted(rates, reverse=True) and rates[0] > rates[-1]
     assert {(m.method, m.space) for m in recipe.merges} == {("linear", "delta"), ("ties", "delta"), ("ties", "factors")}
     assert recipe.evaluation.export == "best"
+
+
+def test_negmerge_subtracts_what_learned_the_forget_set_from_one_start():
+    recipe = load_recipe("negmerge")
+    assert len(recipe.candidates) == 8 and len({c.init_seed for c in recipe.candidates}) == 1
+    assert all(dict(c.objective) == {"forget_ce": 1.0} for c in recipe.candidates)
+    assert [m.method for m in recipe.merges] == ["consensus", "linear", "ties", "magmax", "task_arithmetic"]
+    assert all(m.negate and m.scale == "search" for m in recipe.merges) and recipe.merges[-1].of == "each"
+    assert recipe.search.scales == LAMBDAS and recipe.search.keep == 0.95
 
 
 def test_a_file_by_any_name(tmp_path, monkeypatch):

@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from unlearnjax.adapters.apply import add_delta
 from unlearnjax.errors import UserError
 from unlearnjax.merging.lora_space import lora_delta
 from unlearnjax.recipes.evaluate_step import _summary
-from unlearnjax.recipes.merge_step import describe, export, merge_candidates
+from unlearnjax.recipes.merge_step import at_scale, describe, export, merge_candidates
 from unlearnjax.recipes.parse import recipe_from
 from unlearnjax.recipes.run import Trained, choose_export, merge_all
+from unlearnjax.recipes.search_step import delta_of
 from unlearnjax.training.loop import Result
 
 RNG = np.random.default_rng(0)
@@ -117,6 +119,37 @@ def test_a_merge_has_the_length_asked_for_and_its_own_direction(kind):
         assert exported.truncation_error < 1e-6
 
 
+def change(merged):
+    (leaf,) = jax.tree.leaves(delta_of(merged))
+    return np.asarray(leaf)
+
+
+@pytest.mark.parametrize("kind", [
+    {"method": "linear"}, {"method": "ties", "density": 0.5}, {"method": "linear", "space": "factors"},
+    {"method": "consensus", "length": 2}, {"method": "ties", "space": "core", "density": 0.5},
+])  # fmt: skip
+def test_a_negated_merge_is_minus_the_scaled_one(kind):
+    recipe = recipe_with(kind, {**kind, "negate": True, "scale": 0.9, "name": "minus"})
+    plain, minus = (at_scale(merge_candidates(m, STACK, SCALE, [0, 1, 2], 0), m.scale) for m in recipe.merges)
+    exported = export(minus, STACK, SCALE, 4)
+    np.testing.assert_allclose(change(minus), -0.9 * change(plain), rtol=1e-5, atol=1e-6)
+    assert minus.length == pytest.approx(0.9 * plain.length)
+    if kind["method"] == "linear":  # side by side, exact with either sign
+        found = lora_delta(exported.lora, 1.0)["layers"]["attention"]["q"]["weight"]
+        np.testing.assert_allclose(found, change(minus), atol=1e-5)
+    entry = describe(minus, exported, ["one", "two", "three"])
+    assert entry["negated"] is True and entry["scale"] == 0.9 and "search" not in entry
+    assert not {"negated", "scale"} & set(describe(plain, exported, ["one", "two", "three"]))
+
+
+@pytest.mark.parametrize("kind", [{"method": "linear"}, {"method": "linear", "space": "factors"}])
+def test_at_scale_0_a_merge_is_the_base_bit_for_bit(kind):
+    base = {"layers": {"attention": {"q": {"weight": jnp.asarray(RNG.normal(size=(2, 5, 6)), jnp.float32)}}}}
+    merged = merge_candidates(recipe_with({**kind, "negate": True}).merges[0], STACK, SCALE, [0, 1, 2], 0)
+    moved = add_delta(base, delta_of(at_scale(merged, 0.0)))
+    assert jax.tree.leaves(moved)[0].tobytes() == jax.tree.leaves(base)[0].tobytes()
+
+
 def trained(*diverged_at):
     return Trained(STACK, SCALE, Result(None, [], list(diverged_at), 1.0, 1, 1.0, 1))
 
@@ -161,6 +194,30 @@ def test_no_candidate_left():
     made, warnings = merge_all(recipe, trained(1, 2, 3))
     assert made == [] and len(warnings) == 4 and "no candidate is left" in warnings[3]
     assert choose_export("best", [], []) is None
+
+
+def test_each_candidate_that_is_left_is_an_option_of_its_own():
+    """With nobody left there is no search, and the other merges are not disturbed by one that finds nothing."""
+    each = {"method": "task_arithmetic", "of": "each", "scale": "search", "negate": True, "name": "single"}
+    recipe = recipe_with(each, {"method": "consensus", "scale": "search", "name": "all"}, {"method": "linear"})
+    asked = []
+
+    def choose(options):
+        asked.append([option.candidates for option in options])
+        if len(options) == 1:
+            raise UserError("nothing keeps enough")
+        return at_scale(options[1], 0.0)
+
+    made, warnings = merge_all(recipe, trained(None, 3, None), choose)
+    assert asked == [[[0], [2]], [[0, 2]]]
+    assert [(m.merge.name, m.candidates) for m, _ in made] == [("single", [2]), ("linear-delta", [0, 2])]
+    assert warnings[1:] == [
+        "merge single is the base: no scale that keeps enough forgets more",
+        "merge all was not made: nothing keeps enough",
+    ]
+    assert made[0][1].truncation_error == 0.0 and not change(made[0][0]).any()
+    made, warnings = merge_all(recipe, trained(1, 2, 3))
+    assert made == [] and all("no candidate is left" in w for w in warnings[3:])
 
 
 def test_the_merge_to_export():

@@ -17,7 +17,7 @@ FORGET = [Row(f"f{i}qa0", f"Where was person {i} born?", f"Town {i}", "Task1") f
 RETAIN = [Row(f"r{i}qa0", f"Where was neighbour {i} born?", f"City {i}", "Task1") for i in range(4)]
 
 
-def prepared(objective, training=None, **candidate):
+def prepared(objective, training=None, merges=(), forget=FORGET, **candidate):
     tokenizer = train_tokenizer([f"{r.input} {r.output}" for r in FORGET + RETAIN] + list(ANSWERS), 340)
     config = ModelConfig(
         "olmo", len(tokenizer), 32, 48, 4, 4, 4, 8, "layer", max_positions=64,
@@ -26,9 +26,9 @@ def prepared(objective, training=None, **candidate):
     model = LanguageModel(None, config, tokenizer, build(config), "base")
     raw = {
         "name": "x", "candidates": [{"objective": objective, "epochs": 1, **candidate}, {"objective": "npo"}],
-        "training": training or {}, "evaluation": {"max_new_tokens": 16},
+        "training": training or {}, "merges": merges, "evaluation": {"max_new_tokens": 16},
     }  # fmt: skip
-    data = Data(FORGET, RETAIN, None, None, None)
+    data = Data(forget, RETAIN, None, None, None)
     return prepare(recipe_from(raw, "x"), model, data, Sources("f.jsonl", "r.jsonl")), tokenizer
 
 
@@ -64,3 +64,10 @@ def test_a_layer_and_parameters():
     assert ready.hyperparameters.term_parameters["bound"]["rate"].tolist() == [0.5, 1.0]
     with pytest.raises(UserError, match="unknown parameter of bound 'rat'; did you mean 'rate'"):
         prepared("pdu", parameters={"bound": {"rat": 0.5}})
+
+
+def test_a_search_needs_rows_that_are_scored():
+    rows = [row._replace(id=f"row-{i}") for i, row in enumerate(FORGET)]
+    prepared("finetune", forget=rows)
+    with pytest.raises(UserError, match=r"f\.jsonl: no row is scored.*a merge with scale: search needs some"):
+        prepared("finetune", merges=[{"method": "linear", "scale": "search"}], forget=rows)

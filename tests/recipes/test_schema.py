@@ -7,7 +7,7 @@ import yaml
 
 from unlearnjax.errors import UserError
 from unlearnjax.recipes.parse import recipe_from
-from unlearnjax.recipes.schema import AdapterSpec, Candidate, Evaluation, Merge, Training, rule_of, to_plain
+from unlearnjax.recipes.schema import AdapterSpec, Candidate, Evaluation, Merge, Search, Training, rule_of, to_plain
 
 ONE = {"candidates": [{"name": "one"}]}
 TWO = {"candidates": [{"name": "one"}, {"name": "two"}]}
@@ -17,9 +17,10 @@ def test_what_is_left_out_has_its_default():
     recipe = recipe_from(ONE, "r")
     assert recipe.name == "unnamed" and recipe.merges == ()
     assert (recipe.adapter, recipe.training, recipe.evaluation) == (AdapterSpec(), Training(), Evaluation())
+    assert recipe.search == Search()
     # The default objective is a name; a recipe holds what it stands for.
     assert recipe.candidates == (Candidate("one", objective={"npo": 0.4, "gdr": 0.2, "klr": 0.4}),)
-    empty = dict.fromkeys(("defaults", "grid", "merges", "adapter", "training", "evaluation"))
+    empty = dict.fromkeys(("defaults", "grid", "merges", "adapter", "training", "search", "evaluation"))
     assert recipe_from({**ONE, **empty}, "r") == recipe  # `merges:` with nothing behind it
 
 
@@ -65,6 +66,21 @@ def test_merges_have_names_that_tell_them_apart():
     ]  # fmt: skip
     assert found[1].hyperparameters == {"lambda": 0.5}
     assert [rule_of(m)[1].semantics for m in found] == ["paper", "peft", "paper", "peft", "paper"]
+
+
+def test_steps_against_a_merge():
+    merges = [
+        {"method": "linear", "negate": True, "scale": 0.9},
+        {"method": "linear", "of": "each", "negate": True, "scale": "search"},
+        {"method": "linear", "scale": 1},
+    ]
+    raw = {**TWO, "merges": merges, "search": {"scales": [0, 0.5], "keep": 0.9, "rows": 5}}
+    recipe = recipe_from(raw, "r")
+    assert [m.name for m in recipe.merges] == [
+        "linear-delta-scale0.9-negated", "linear-each-delta-scalesearch-negated", "linear-delta",
+    ]  # fmt: skip
+    assert recipe.search == Search((0, 0.5), 0.9, 5)
+    assert recipe_from(yaml.safe_load(yaml.safe_dump(to_plain(recipe))), "again") == recipe
 
 
 def test_plain_data_reads_back_and_survives_yaml():
@@ -186,6 +202,21 @@ def test_hyperparameters_out_of_range(name, value, words):
         ({**ONE, "merges": [LINEAR | {"space": "core", "compress": 0}]}, "compress must be a whole number"),
         ({**ONE, "merges": [LINEAR | {"weights": 1}]}, "weights must be a list of numbers"),
         ({**ONE, "merges": [LINEAR | {"weights": ["a"]}]}, "weights must be a list of numbers"),
+        ({**ONE, "merges": [LINEAR | {"negate": 1}]}, "negate must be true or false"),
+        ({**ONE, "merges": [LINEAR | {"negated": True}]}, "no hyperparameter 'negated'"),
+        ({**ONE, "merges": [LINEAR | {"scale": 0}]}, "scale must be a number above 0, or `search`"),
+        ({**ONE, "merges": [LINEAR | {"scale": "serach"}]}, "scale must be a number above 0, or `search`"),
+        ({**ONE, "merges": [LINEAR | {"scale": True}]}, "scale must be a number above 0, or `search`"),
+        ({**ONE, "merges": [LINEAR | {"of": "each"}]}, "of each needs scale: search"),
+        ({**ONE, "merges": [LINEAR | {"of": "every", "scale": "search"}]}, "names, `each`, or null"),
+        ({**ONE, "serach": {}}, "unknown key 'serach'; did you mean 'search'"),
+        ({**ONE, "search": {"scale": [0]}}, "search: unknown key 'scale'; did you mean 'scales'"),
+        ({**ONE, "search": {"scales": []}}, "scales must be a list of different numbers"),
+        ({**ONE, "search": {"scales": [0.5, -0.5]}}, "scales must be a list of different numbers of at least 0"),
+        ({**ONE, "search": {"scales": [0.5, 0.5]}}, "scales must be a list of different numbers"),
+        ({**ONE, "search": {"scales": "0.5"}}, "scales must be a list of different numbers"),
+        ({**ONE, "search": {"keep": 1.1}}, "keep must be a number above 0, of at most 1"),
+        ({**ONE, "search": {"rows": 0}}, "rows must be a whole number"),
         ({**TWO, "merges": [LINEAR | {"weights": [1]}]}, "1 weights for 2 candidates"),
         ({**TWO, "merges": [LINEAR | {"weights": [1, -1]}]}, "sum to 0"),
         ({**TWO, "merges": [TIES | {"weights": [0, 0]}]}, "all of them are 0"),

@@ -229,6 +229,26 @@ def test_curves_of_a_term_only_some_candidates_have(page, report):
     assert "careful" not in panel and "balanced" in panel
 
 
+def test_searched_scales(page, report):
+    """A line per merge that was searched, and of the merges of each candidate the chosen one's."""
+    assert "<h2>Scales</h2>" not in page(report)
+    trial = lambda scale, **more: {"scale": scale, "forget": 0.9 - 0.5 * scale, "retain": 0.9 - 0.1 * scale, **more}  # noqa: E731
+    first, second, _ = report["merges"]
+    first |= {"negated": True, "scale": 1.0, "search": {"floor": 0.8, "trials": [trial(x) for x in (1.0, 0.0, 0.5)]}}
+    each = [trial(x, candidate=name) for name in ("careful", "eager") for x in (0.0, 0.25)]
+    second |= {"candidates": ["eager"], "scale": 0.25, "search": {"floor": 0.8, "trials": each}}
+    text = page(report)
+    Page(text)
+    part = text.split("<h2>Scales</h2>")[1].split("</section>")[0]
+    paths = re.findall(r'<path class="line[^>]* d="(M[^"]*)"', part)
+    assert [path.count("L") for path in paths] == [2, 1] and part.count('<line class="ideal"') == 1
+    assert "linear: retained 0.800, forgotten 0.600" in part and "ties (delta): retained 0.875" in part
+    assert [row[4] for row in table(text, "Merges")[1:3]] == ["scale 1, subtracted", "density 0.8, scale 0.25"]
+    second["scale"] = 0.3
+    with pytest.raises(UserError, match=r"merges\[1\]\.scale: is not among the search's trials"):
+        page(report)
+
+
 def test_a_wrong_report_is_refused(report):
     report["models"][0]["kind"] = "best"
     with pytest.raises(UserError, match=r"report.json.candidates\[4\]|models\[0\]\.kind"):

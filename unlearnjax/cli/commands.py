@@ -55,7 +55,11 @@ def _show(report: dict[str, Any], out: Path) -> None:
         print(f"model:  {out / 'model'} (the merge {report['exported']})")
     elif report["recipe"]["merges"]:
         curves = out / "report.html"
-        raise UserError(f"no model was written, because candidates diverged; lower learning_rate (curves: {curves})")
+        if any(candidate["status"] == "diverged" for candidate in report["candidates"]):
+            why = f"candidates diverged; lower learning_rate (curves: {curves})"
+        else:
+            why = "no merge could be made; see the warnings"
+        raise UserError(f"no model was written, because {why}")
 
 
 IMAGE_OPTIONS = ("data", "test", "forget_test", "validation", "resize")

@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     data(p, images=True)
     mmlu(p)
     group = p.add_argument_group("image models")
-    text = "parquet or a hub data set with columns of images and labels: what a classifier was trained on, or CLIP keeps"
+    text = "parquet or a hub data set of images and labels: what a classifier was trained on, or what CLIP is to keep"
     group.add_argument("--data", metavar="D", help=text)
     group.add_argument("--test", metavar="T", help="images for the scores at the end")
     group.add_argument("--forget-test", metavar="T", help="the same for a --forget that is a data set with own classes")

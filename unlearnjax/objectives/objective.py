@@ -12,7 +12,7 @@ from unlearnjax.data.tokens import Side
 from unlearnjax.errors import UserError, check_known
 from unlearnjax.objectives.distilled import ceu, undial
 from unlearnjax.objectives.dpo import dpo, idk
-from unlearnjax.objectives.ga import ga
+from unlearnjax.objectives.ga import forget_ce, ga
 from unlearnjax.objectives.npo import npo, npo_mean
 from unlearnjax.objectives.pdu import bound, margin
 from unlearnjax.objectives.protocol import Scores, Term
@@ -22,13 +22,14 @@ from unlearnjax.objectives.simnpo import simnpo
 from unlearnjax.objectives.weighted import satimp, wga
 from unlearnjax.training.hyperparameters import Hyperparameters
 
-_FORGET = (ga, npo, npo_mean, simnpo, dpo, idk, wga, satimp, undial, ceu, margin, rmu)
+_FORGET = (ga, forget_ce, npo, npo_mean, simnpo, dpo, idk, wga, satimp, undial, ceu, margin, rmu)
 _RETAIN = (gdr, klr, klr_all, bound, rmu_retain)
 TERMS: dict[str, Term] = {t.name: t for t in (*_FORGET, *_RETAIN)}
 
 # Names that stand for a sum; open-unlearning and the papers use them for whole methods.
 SHORTHANDS: dict[str, dict[str, float]] = {
     "ga": {"ga": 1.0},
+    "finetune": {"forget_ce": 1.0},
     "graddiff": {"ga": 1.0, "gdr": 1.0},
     "npo": {"npo": 1.0},
     "simnpo": {"simnpo": 0.125, "gdr": 1.0},

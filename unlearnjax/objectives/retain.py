@@ -14,7 +14,7 @@ from unlearnjax.training.hyperparameters import Hyperparameters
 
 
 def gradient_descent(scores: Scores, side: Side, h: Hyperparameters) -> Array:
-    """Cross-entropy of the retain answers, mean over tokens."""
+    """Cross-entropy of the side's answers, mean over tokens."""
     return token_mean(-scores.log_probability, side)
 
 

@@ -89,12 +89,14 @@ def describe_model(source: str, report: dict[str, Any], name: str) -> str:
     """README.md of the merge `name` of the model `source`."""
     cite = "{source} ({rows} rows, sha256 {sha256})".format
     merged = next(m for m in report["merges"] if m["name"] == name)
+    step = f", times {merged['scale']:g}" if "scale" in merged else ""
+    step += ", subtracted from the base" if merged.get("negated") else ""
     return model_card(
         title=f"{Path(source).name}, unlearned ({name})",
         base_model=source,
         merge=True,
         method=f"{merged['method']} merge ({merged['semantics']} semantics, space {merged['space']}) of the candidates "
-        f"{', '.join(merged['candidates'])}.",
+        f"{', '.join(merged['candidates'])}{step}.",
         scores=render_markdown_table(report),
         recipe=report["recipe"],
         forget=cite(**report["data"]["forget"]),

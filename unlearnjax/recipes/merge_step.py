@@ -26,11 +26,28 @@ from unlearnjax.recipes.schema import Merge, rule_of
 SUMS = ("linear", "uniform", "task_arithmetic")  # merges whose delta is a weighted sum of the candidates'
 
 
+class Trial(NamedTuple):
+    """One scale of a searched merge, and its means of the official scores on the sample."""
+
+    candidates: list[int]
+    scale: float
+    forget: float
+    retain: float
+
+
+class Found(NamedTuple):
+    """What a search tried, and the least retain score that it accepted."""
+
+    floor: float
+    trials: list[Trial]
+
+
 class Merged(NamedTuple):
     """One merge's result. Exactly one of `lora` (scale 1) and `delta` is what is evaluated; `core` is the delta as the
     adapter (scale 1) that a merge in core space computed.
 
-    `length` is its Frobenius norm over the mean of the candidates', and `rescaled` what it was multiplied by for that.
+    `length` is its Frobenius norm over the mean of the candidates', and `rescaled` what the method's own result was
+    multiplied by: for that, and by the merge's `scale`, with a minus where it is subtracted.
     """
 
     merge: Merge
@@ -41,6 +58,8 @@ class Merged(NamedTuple):
     length: float | None  # None where the candidates have none
     rescaled: float = 1.0
     core: PyTree[Array] | None = None
+    scale: float = 1.0
+    search: Found | None = None
 
 
 class Exported(NamedTuple):
@@ -91,6 +110,23 @@ def merge_candidates(
         return Merged(wanted, semantics, list(kept), None, lora_delta(result, 1.0), length, factor, result)
     lora, delta = (result, None) if in_factors else (None, result)
     return Merged(wanted, semantics, list(kept), lora, delta, length, factor)
+
+
+def at_scale(merged: Merged, scale: float) -> Merged:
+    """The merge times `scale`, or minus that where it is to be subtracted. At scale 0 it is the base, bit for bit."""
+    factor = -scale if merged.merge.negate else scale
+    if factor == 1:
+        return merged
+
+    def times(lora: PyTree[Array] | None) -> PyTree[Array] | None:
+        return None if lora is None else scaled(lora, factor)
+
+    delta = None if merged.delta is None else jax.tree.map(lambda x: x * factor, merged.delta)
+    length = None if merged.length is None else merged.length * scale
+    return merged._replace(
+        lora=times(merged.lora), delta=delta, core=times(merged.core), length=length,
+        rescaled=merged.rescaled * factor, scale=scale,
+    )  # fmt: skip
 
 
 def _norm(delta: PyTree[Array]) -> float:
@@ -147,6 +183,20 @@ def describe(merged: Merged, exported: Exported, names: Sequence[str]) -> dict[s
         hyper["weights"] = weights.tolist()
     if merged.merge.compress is not None:
         hyper["compress"] = merged.merge.compress
+    more: dict[str, Any] = {"negated": True} if merged.merge.negate else {}
+    if merged.merge.scale != 1:
+        more["scale"] = merged.scale
+    if merged.search is not None:
+        trials = merged.search.trials
+        several = len({tuple(t.candidates) for t in trials}) > 1
+        more["search"] = {
+            "floor": merged.search.floor,
+            "trials": [
+                {"scale": t.scale, "forget": t.forget, "retain": t.retain}
+                | ({"candidate": names[t.candidates[0]]} if several else {})
+                for t in trials
+            ],
+        }
     return {
         "name": merged.merge.name,
         "method": merged.merge.method,
@@ -157,4 +207,5 @@ def describe(merged: Merged, exported: Exported, names: Sequence[str]) -> dict[s
         "exported_rank": exported.rank,
         "truncation_error": exported.truncation_error,
         "length": merged.length,
+        **more,
     }

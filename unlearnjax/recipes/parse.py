@@ -8,17 +8,20 @@ from typing import Any, NamedTuple
 
 from unlearnjax.errors import UserError, check_known
 from unlearnjax.recipes.schema import (
+    EACH,
     SCHEDULES,
+    SEARCH,
     AdapterSpec,
     Candidate,
     Evaluation,
     Merge,
     Recipe,
+    Search,
     Training,
     rule_of,
 )
 
-SECTIONS = ("name", "defaults", "candidates", "grid", "merges", "adapter", "training", "evaluation")
+SECTIONS = ("name", "defaults", "candidates", "grid", "merges", "adapter", "training", "search", "evaluation")
 HYPERPARAMETERS = tuple(f.name for f in dataclasses.fields(Candidate) if f.name != "name")
 # What the report and the output folder call other things.
 SUITES = ("official", "full")
@@ -46,6 +49,12 @@ def _is_whole(value: Any) -> bool:
 
 def _is_names(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, Sequence) and all(isinstance(v, str) for v in value))
+
+
+def _is_scales(value: Any) -> bool:
+    if not isinstance(value, Sequence) or isinstance(value, str) or not len(value):
+        return False
+    return all(_is_number(v) and v >= 0 for v in value) and len(set(value)) == len(value)
 
 
 _POSITIVE = _Range(lambda v: _is_number(v) and v > 0, "a number above 0")
@@ -94,8 +103,8 @@ _RANGES: dict[type, dict[str, _Range]] = {
         "space": _TEXT,
         "semantics": _Range(lambda v: v is None or isinstance(v, str), "a name, or null"),
         "of": _Range(
-            lambda v: v is None or (not isinstance(v, str) and _is_names(v) and len(v) > 0),
-            "a list of candidates' names, or null",
+            lambda v: v is None or v == EACH or (not isinstance(v, str) and _is_names(v) and len(v) > 0),
+            "a list of candidates' names, `each`, or null",
         ),
         "weights": _Range(
             lambda v: v is None or (isinstance(v, Sequence) and not isinstance(v, str) and all(map(_is_number, v))),
@@ -105,6 +114,13 @@ _RANGES: dict[type, dict[str, _Range]] = {
         "rank": _COUNT_OR_NULL,
         "compress": _COUNT_OR_NULL,
         "length": _Range(lambda v: v is None or _POSITIVE.holds(v), "a number above 0, or null"),
+        "negate": _Range(lambda v: isinstance(v, bool), "true or false"),
+        "scale": _Range(lambda v: v == SEARCH or _POSITIVE.holds(v), "a number above 0, or `search`"),
+    },
+    Search: {
+        "scales": _Range(_is_scales, "a list of different numbers of at least 0"),
+        "keep": _Range(lambda v: _POSITIVE.holds(v) and v <= 1, "a number above 0, of at most 1"),
+        "rows": _COUNT,
     },
     Evaluation: {
         "semantics": _TEXT,
@@ -240,11 +256,14 @@ def _check_merge(merge: Merge, candidates: Sequence[str], where: str) -> None:
         raise UserError(f"{where}: rank is what a delta is exported with; in space factors leave it out")
     if merge.compress is not None and merge.space != "core":
         raise UserError(f"{where}: compress is for space core; in space {merge.space} leave it out")
-    if merge.of is not None:
+    if merge.of == EACH:
+        if merge.scale != SEARCH:
+            raise UserError(f"{where}: of each needs scale: search, which chooses among the candidates")
+    elif merge.of is not None:
         check_known(merge.of, candidates, "candidate", f"{where}: of")
         if len(set(merge.of)) < len(merge.of):
             raise UserError(f"{where}: of names a candidate twice: {', '.join(merge.of)}")
-    count = len(candidates if merge.of is None else merge.of)
+    count = 1 if merge.of == EACH else len(candidates if merge.of is None else merge.of)
     try:
         check_count(method, rule, count)
     except UserError as error:
@@ -271,7 +290,9 @@ def _merge(raw: Any, candidates: Sequence[str], where: str) -> Merge:
     extras = [f"{k}{_short(v)}" for k, v in sorted(rest.items())]
     extras += [] if merge.compress is None else [f"compress{merge.compress}"]
     extras += [] if merge.length is None else [f"length{_short(merge.length)}"]
-    of = [] if merge.of is None else ["+".join(merge.of)]
+    extras += [] if merge.scale == 1 else [f"scale{_short(merge.scale)}"]
+    extras += ["negated"] if merge.negate else []
+    of = [] if merge.of is None else [merge.of if isinstance(merge.of, str) else "+".join(merge.of)]
     parts = [merge.method, *of, merge.space, *([merge.semantics] if merge.semantics else []), *extras]
     return dataclasses.replace(merge, name="-".join(parts))
 
@@ -314,9 +335,11 @@ def recipe_from(raw: Any, where: str) -> Recipe:
     evaluation = _section(Evaluation, raw.get("evaluation"), f"{where}: evaluation")
     check_known([evaluation.semantics], ["official"], "semantics", f"{where}: evaluation")
     check_known([evaluation.suite], SUITES, "suite", f"{where}: evaluation")
+    search = _section(Search, raw.get("search"), f"{where}: search")
+    search = dataclasses.replace(search, scales=tuple(search.scales))
     listed = enumerate(_list(raw.get("merges") or [], "merges", f"{where}: merges"), start=1)
     merges = tuple(_merge(m, [c.name for c in candidates], f"{where}: merge {i}") for i, m in listed)
     _check_names([c.name for c in candidates] + [m.name for m in merges], where)
     if evaluation.export != "best":
         check_known([evaluation.export], [m.name for m in merges], "merge", f"{where}: evaluation: export")
-    return Recipe(raw.get("name", "unnamed"), candidates, merges, adapter, training, evaluation)
+    return Recipe(raw.get("name", "unnamed"), candidates, merges, adapter, training, evaluation, search)

@@ -15,11 +15,12 @@ from unlearnjax.errors import UserError
 from unlearnjax.evaluation.batches import check_rows
 from unlearnjax.evaluation.mmlu import Prompts, mmlu_prompts
 from unlearnjax.evaluation.protocol import PROBE_ROOM
+from unlearnjax.evaluation.semeval import kind_of
 from unlearnjax.io.huggingface import load_config, load_tokenizer
 from unlearnjax.models.decoder import build
 from unlearnjax.models.language_model import LanguageModel, load_model
 from unlearnjax.objectives.objective import TERMS, Objective, objective
-from unlearnjax.recipes.schema import Candidate, Recipe
+from unlearnjax.recipes.schema import SEARCH, Candidate, Recipe
 from unlearnjax.training.hyperparameters import SCHEDULES, Hyperparameters, stack
 
 
@@ -144,6 +145,20 @@ def check_evaluation(model: LanguageModel, data: Data, sources: Sources, max_new
             check(side, "document", [d.document for d in documents], 0, least=2)
 
 
+def check_searched(data: Data, sources: Sources) -> None:
+    """Check that each split has a row that is scored, which a search of scales needs.
+
+    Raises:
+      UserError: a split without one.
+    """
+    for side in ("forget", "retain"):
+        if all(kind_of(row.id) is None for row in getattr(data, side)):
+            raise UserError(
+                f"{getattr(sources, side)}: no row is scored, because no id ends in sc<digit> or qa<digit>; a merge "
+                "with scale: search needs some"
+            )
+
+
 def _warmup(c: Candidate, rows: int, total: int) -> int:
     if c.warmup_epochs is None:
         return round(c.warmup_ratio * total)
@@ -182,8 +197,8 @@ def prepare(recipe: Recipe, model: LanguageModel, data: Data, sources: Sources) 
 
     Raises:
       UserError: a row or document that does not fit the model's context (file and row), an empty prompt or answer, no
-        readable file of answers for IDK and DPO, a layer that the model lacks for RMU, or an adapter on linears that
-        the model does not have.
+        row that is scored where a merge's scale is searched, no readable file of answers for IDK and DPO, a layer that
+        the model lacks for RMU, or an adapter on linears that the model does not have.
     """
     tokenizer = model.require_tokenizer()
     resolve_targets(recipe.adapter.targets, model.config, "recipe: adapter")
@@ -203,6 +218,8 @@ def prepare(recipe: Recipe, model: LanguageModel, data: Data, sources: Sources) 
         for side, (rows, source) in texts.items()
     }
     check_evaluation(model, data, sources, recipe.evaluation.max_new_tokens)
+    if any(merge.scale == SEARCH for merge in recipe.merges):
+        check_searched(data, sources)
     paces = [Pace(c.micro_batch, c.accumulation, c.epochs, c.order_seed) for c in recipe.candidates]
     schedule = plan(
         {s: sides[s] for s in wanted.sides}, paces, buckets=training.buckets, order=training.order, seed=training.seed

@@ -13,13 +13,12 @@ from jaxtyping import Array, PyTree
 
 import unlearnjax
 from unlearnjax.adapters.apply import add_delta
-from unlearnjax.adapters.lora import lora, lora_weights, resolve_targets, scaled
+from unlearnjax.adapters.lora import lora, resolve_targets, scaled
 from unlearnjax.errors import UserError
 from unlearnjax.evaluation.journal import Journal
 from unlearnjax.evaluation.mmlu import SHOTS, Prompts
 from unlearnjax.io.atomic import staged_file
 from unlearnjax.io.huggingface import check_dtype, load_params, resolve
-from unlearnjax.io.peft import save_adapter
 from unlearnjax.models.language_model import LanguageModel, save_model
 from unlearnjax.recipes.describe import (
     describe_candidates,
@@ -30,7 +29,8 @@ from unlearnjax.recipes.describe import (
     describe_training,
 )
 from unlearnjax.recipes.evaluate_step import evaluate_all
-from unlearnjax.recipes.merge_step import Exported, Merged, describe, export, merge_candidates
+from unlearnjax.recipes.export_step import choose_export, save_candidates, save_merges
+from unlearnjax.recipes.merge_step import Exported, Merged, at_scale, describe, export, merge_candidates
 from unlearnjax.recipes.prepare import (
     Data,
     Prepared,
@@ -51,7 +51,8 @@ from unlearnjax.recipes.resume import (
     model_fingerprint,
     run_fingerprint,
 )
-from unlearnjax.recipes.schema import Merge, Recipe, to_plain
+from unlearnjax.recipes.schema import EACH, SEARCH, Merge, Recipe, to_plain
+from unlearnjax.recipes.search_step import Searcher, delta_of
 from unlearnjax.recipes.trajectory_step import trajectories
 from unlearnjax.report.html import render_html
 from unlearnjax.report.schema import write_report
@@ -113,26 +114,48 @@ def train_candidates(
     return Trained(result.states.trainable, h.lora_alpha / h.lora_rank.astype(jnp.float32), result)
 
 
-def merge_all(recipe: Recipe, trained: Trained) -> tuple[list[tuple[Merged, Exported]], list[str]]:
-    """Every merge of the recipe over the candidates that did not diverge, and warnings about what was left out."""
+def _no_search(options: Sequence[Merged]) -> Merged:
+    raise ValueError(f"merge {options[0].merge.name}: its scale is to be searched; give merge_all a search")
+
+
+def merge_all(
+    recipe: Recipe, trained: Trained, choose: Callable[[Sequence[Merged]], Merged] = _no_search
+) -> tuple[list[tuple[Merged, Exported]], list[str]]:
+    """Every merge of the recipe over the candidates that did not diverge, and warnings about what was left out.
+
+    Args:
+      choose: the search of scales (`Searcher.choose`), for recipes that ask for one.
+    """
     kept = finished(trained.result)
     warnings = [
         f"candidate {candidate.name} diverged after {at} updates; it is left out of every merge"
         for candidate, at in zip(recipe.candidates, trained.result.diverged_at, strict=True)
         if at is not None
     ]
-    largest = max(c.rank for c in recipe.candidates)
+    names, ranks = [c.name for c in recipe.candidates], [c.rank for c in recipe.candidates]
+
+    def merge(wanted: Merge) -> Merged:
+        own, mine = _of(wanted, names, kept)
+        return merge_candidates(own, trained.lora, trained.scale, mine, recipe.training.seed, ranks)
+
+    def options(wanted: Merge) -> list[Merged]:
+        each = [dataclasses.replace(wanted, of=[names[i]]) for i in kept] if wanted.of == EACH else []
+        return [merge(one) for one in each or [wanted]]  # with nobody left, `merge` says so
+
     made = []
     for wanted in recipe.merges:
         try:
-            own, mine = _of(wanted, [candidate.name for candidate in recipe.candidates], kept)
-            ranks = [c.rank for c in recipe.candidates]
-            merged = merge_candidates(own, trained.lora, trained.scale, mine, recipe.training.seed, ranks)
+            if wanted.scale == SEARCH:
+                merged = choose(options(wanted))
+                if merged.scale == 0:
+                    warnings.append(f"merge {wanted.name} is the base: no scale that keeps enough forgets more")
+            else:
+                merged = at_scale(merge(wanted), float(wanted.scale))
         except UserError as error:
             # The recipe was checked with all candidates; with those that are left a merge can be impossible.
             warnings.append(f"merge {wanted.name} was not made: {error}")
         else:
-            made.append((merged, export(merged, trained.lora, trained.scale, largest)))
+            made.append((merged, export(merged, trained.lora, trained.scale, max(ranks))))
     return made, warnings
 
 
@@ -188,7 +211,7 @@ def run(
 
     Returns:
       The report (see `unlearnjax.report.schema`). Its `exported` names the merge in model/; both are absent where no
-      merge could be made because of candidates that diverged (`warnings` says so).
+      merge could be made, because candidates diverged or no scale kept enough (`warnings` says so).
 
     Raises:
       UserError: any bad input, before anything is computed or written.
@@ -270,8 +293,9 @@ def finish(
       about: the report's parts that were known before training.
       gold, mmlu, journal, stop: see `evaluate_all`.
     """
-    save_candidates(out / "candidates", lm, recipe, trained)
-    merges, notes = merge_all(recipe, trained)
+    save_candidates(out / "candidates", lm, recipe, trained.lora)
+    searcher = Searcher(lm, recipe, data, journal, progress, stop)
+    merges, notes = merge_all(recipe, trained, searcher.choose)
     save_merges(out / "merges", lm, recipe, merges)
     adapters = scaled(trained.lora, trained.scale)
     models, more = evaluate_all(
@@ -294,48 +318,9 @@ def finish(
     chosen = choose_export(recipe.evaluation.export, [m for m, _ in merges], models)
     if chosen is not None:
         report["exported"] = chosen.merge.name
-        delta = chosen.delta if chosen.lora is None else lora_weights(chosen.lora)
-        final = dataclasses.replace(lm, params=add_delta(lm.params, delta))
+        final = dataclasses.replace(lm, params=add_delta(lm.params, delta_of(chosen)))
         save_model(final, out / "model", card=describe_model(lm.source, report, chosen.merge.name))
     with staged_file(out / "report.html") as path:
         path.write_text(render_html(report), encoding="utf-8")
     write_report(out, report)
     return report
-
-
-def save_candidates(folder: Path, model: LanguageModel, recipe: Recipe, trained: Trained) -> None:
-    """Each candidate as a PEFT adapter of its own rank, the diverged ones too (in their last finite state)."""
-    targets = resolve_targets(recipe.adapter.targets, model.config)
-    for i, candidate in enumerate(recipe.candidates):
-        save_adapter(
-            folder / candidate.name, index(trained.lora, i), config=model.config, base_model=model.source,
-            targets=targets, rank=candidate.rank, alpha=candidate.alpha, dropout=candidate.dropout,
-        )  # fmt: skip
-
-
-def save_merges(folder: Path, model: LanguageModel, recipe: Recipe, merges: Sequence[tuple[Merged, Exported]]) -> None:
-    """Each merge as a PEFT adapter (of scale 1)."""
-    targets = resolve_targets(recipe.adapter.targets, model.config)
-    for merged, exported in merges:
-        save_adapter(
-            folder / merged.merge.name, exported.lora, config=model.config, base_model=model.source, targets=targets,
-            rank=exported.rank, alpha=exported.rank,
-        )  # fmt: skip
-
-
-def choose_export(wanted: str, merges: Sequence[Merged], models: Sequence[dict[str, Any]]) -> Merged | None:
-    """The merge to write as a model: the one named, or (`best`) the one with the best official aggregate measured.
-
-    None where there are no merges, or the one named could not be made.
-    """
-    if wanted != "best":
-        return next((m for m in merges if m.merge.name == wanted), None)
-    scores = {m["name"]: _aggregate(m["scores"]) for m in models}
-    return max(merges, key=lambda m: scores[m.merge.name], default=None)
-
-
-def _aggregate(scores: dict[str, Any]) -> float:
-    for key in ("aggregate", "aggregate_without_mmlu", "task_aggregate"):
-        if scores.get(key) is not None:
-            return float(scores[key])
-    return -1.0

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from unlearnjax.merging.protocol import MergeMethod, Rule
 
 SCHEDULES = ("constant", "linear", "cosine", "steps")
+EACH, SEARCH = "each", "search"  # what a merge's `of` and `scale` may say in place of names and a number
 
 
 @dataclass(frozen=True)
@@ -86,19 +87,48 @@ class Merge:
     `length`: rescale the merged delta to so many times the candidates' mean length (null: as the method makes it).
     Merges differ in length by factors, and a longer step forgets more: at one length their directions are compared.
 
+    `negate`: subtract the merged delta from the base, for candidates that were trained to know the forget set better.
+    `scale`: what multiplies the delta last (NegMerge's lambda; a method's own `lambda` multiplies before `length`), or
+    `search`, which tries those of `Search` and chooses. With `search`, `of` may be `each`: every candidate is merged by
+    itself, and the best pair of candidate and scale is kept.
+
     `compress`, in space core: keep so many directions of the shared bases, before the merge.
     """
 
     method: str
     space: str = "delta"
     semantics: str | None = None
-    of: Sequence[str] | None = None
+    of: Sequence[str] | str | None = None
     weights: Sequence[float] | None = None
     name: str = ""
     rank: int | None = None  # of the exported adapter; default: the candidates' largest, in space core what it takes
     compress: int | None = None
     length: float | None = None
+    negate: bool = False
+    scale: float | str = 1.0
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _lambdas() -> tuple[float, ...]:
+    from unlearnjax.merging.search import LAMBDAS
+
+    return LAMBDAS
+
+
+@dataclass(frozen=True)
+class Search:
+    """How a merge's scale is chosen, by NegMerge's rule (2410.05583, section 4.1): the lowest forget score among the
+    scales that keep the retain score; of equal ones the smaller scale.
+
+    A score is the mean over tasks of the official regurgitation and knowledge, on a sample of the split's rows.
+
+    `scales`: what is tried; default: NegMerge's 21 points from 0 to 1. `keep`: the share of the base's retain score, on
+    the same rows, that must be left. `rows`: of each split that are asked each time, evenly of tasks and kinds.
+    """
+
+    scales: Sequence[float] = field(default_factory=_lambdas)
+    keep: float = 0.95
+    rows: int = 96
 
 
 @dataclass(frozen=True)
@@ -128,6 +158,7 @@ class Recipe:
     adapter: AdapterSpec = AdapterSpec()
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
+    search: Search = field(default_factory=Search)
 
 
 def rule_of(merge: Merge) -> tuple["MergeMethod", "Rule"]:
@@ -148,6 +179,7 @@ def to_plain(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain data with every default written out; `recipe_from` reads it back."""
     plain = dataclasses.asdict(recipe)
     plain["candidates"] = list(plain["candidates"])
+    plain["search"]["scales"] = list(plain["search"]["scales"])
     plain["merges"] = [
         {**{k: v for k, v in m.items() if k != "hyperparameters"}, **m["hyperparameters"]} for m in plain["merges"]
     ]

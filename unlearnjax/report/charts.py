@@ -1,4 +1,4 @@
-"""The two kinds of plot a report has: a curve panel per quantity, and forgotten against retained."""
+"""The kinds of plot a report has: a curve panel per quantity, and forgotten against retained by model or by scale."""
 
 import math
 from collections.abc import Sequence
@@ -29,6 +29,14 @@ class Point(NamedTuple):
     kind: str
     retained: float
     forgotten: float
+
+
+class Trace(NamedTuple):
+    """One merge's trials in the order of their scales, as (retained, forgotten), and which of them was chosen."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    chosen: int
 
 
 def curve_panel(title: str, curves: Sequence[Curve], axis: str = "update") -> Markup | None:
@@ -93,6 +101,44 @@ def scatter(points: Sequence[Point]) -> tuple[Markup, int]:
     return figure, labels.count(None)
 
 
+SHARES = ("retained: mean retain score, right is better", "forgotten: 1 \u2212 mean forget score, up is better")
+
+
+def traces(drawn: Sequence[Trace], floor: float | None, axes: tuple[str, str] = SHARES) -> Markup:
+    """Forgotten (up) against retained (right), a line per merge from the base on, its chosen trial marked and named.
+
+    The dashed upright line, if there is one, is the least retained score that was accepted. axes: what they say.
+    """
+    view = (460.0, 380.0)
+    frame = svg.Box(52, 36, view[0] - 16, view[1] - 46)
+    lowest = [] if floor is None else [floor]
+    x = _share_scale([*lowest, *(right for trace in drawn for right, _ in trace.points)], frame.left, frame.right)
+    y = _share_scale([up for trace in drawn for _, up in trace.points], frame.bottom, frame.top)
+    at = [[(x.pixel(right), y.pixel(up)) for right, up in trace.points] for trace in drawn]
+    ends = [pixels[trace.chosen] for trace, pixels in zip(drawn, at, strict=True)]
+    names = svg.shorten([trace.name for trace in drawn], 24)
+    labels = svg.place_labels(ends, names, frame._replace(top=frame.top - 14), len(drawn))
+    parts = [
+        element("title", "Mean retained score against mean forgotten score along the scale, one line per merge"),
+        svg.axes(frame, x, y, *axes, upright_grid=True),
+    ]
+    if floor is not None:
+        parts.append(element("line", class_="ideal", x1=x.pixel(floor), x2=x.pixel(floor), y1=frame.top,
+                             y2=frame.bottom, stroke_dasharray="4 3"))  # fmt: skip
+    marks, texts = [], []
+    for index, (trace, pixels, end, name, label) in enumerate(zip(drawn, at, ends, names, labels, strict=True)):
+        colour, dash = _colour(index)
+        title = element("title", f"{trace.name}: retained {trace.points[trace.chosen][0]:.3f}, "
+                                 f"forgotten {trace.points[trace.chosen][1]:.3f}")  # fmt: skip
+        parts.append(element("path", class_=f"line s{colour}", d=_path(pixels), stroke_dasharray=dash))
+        marks.append(element("circle", title, cx=end[0], cy=end[1], r=4.5, class_=f"mark f{colour}"))
+        if label is not None:
+            middle = (label.box.top + label.box.bottom) / 2
+            texts.append(element("text", name, class_=f"label f{colour}", x=label.start, y=middle + 4,
+                                 text_anchor=label.anchor))  # fmt: skip
+    return element("figure", _picture(view, *parts, *marks, *texts), class_="scatter")
+
+
 def marker(kind: str, x: float, y: float, size: float = 5.0) -> str:
     """Path of a kind's mark: base a square, gold a diamond, candidate a circle, merge a triangle."""
     s = size
@@ -130,10 +176,14 @@ def _share_scale(values: Sequence[float], start: float, end: float) -> svg.Scale
     return svg.linear(low - air, 1 + air, start, end, ticks)
 
 
+def _colour(index: int) -> tuple[int, str | None]:
+    """A line's colour and dashes."""
+    return index % COLOURS, DASHES[index // COLOURS % len(DASHES)]
+
+
 def _line(index: int, curve: Curve, each: list[tuple[float, float]], points: list[tuple[float, float]]) -> Markup:
     """A candidate's line through `points`, with a pale one through `each` update behind it where they differ."""
-    colour = index % COLOURS
-    dash = DASHES[index // COLOURS % len(DASHES)]
+    colour, dash = _colour(index)
     lines = []
     if each is not points:
         lines.append(element("path", class_=f"raw s{colour}", d=_path(_thin(each))))

@@ -1,16 +1,13 @@
 """report.json as one self-contained page: no script, no font, image or style from anywhere else."""
 
-import base64
-import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from unlearnjax.report import charts, hidden, schema, tables, trajectory
-from unlearnjax.report.markup import Child, Markup, element, group
+from unlearnjax.report import charts, hidden, schema, search, tables, trajectory
+from unlearnjax.report.markup import Markup, element, group
+from unlearnjax.report.page import header, page, section, warnings_box, yaml_text
 from unlearnjax.report.scores import KIND_NAMES, KINDS, Ranking, best, fixed, forgotten, ordered, ranking, retained
 from unlearnjax.report.scores import render_markdown_table as render_markdown_table  # part of this module's interface
-from unlearnjax.report.style import STYLE
 
 CURVES_FIRST = ("loss",)
 CURVES_LAST = ("gradient_norm",)
@@ -29,49 +26,24 @@ def render_html(report: Mapping[str, Any]) -> str:
     schema.validate(dict(report))
     body = element(
         "main",
-        _header(report),
+        header(report),
         _summary(report),
-        _warnings(report["warnings"]),
-        _section("Scores", tables.scores_table(report["models"]), *_score_notes(report["models"])),
+        warnings_box(report["warnings"]),
+        section("Scores", tables.scores_table(report["models"]), *_score_notes(report["models"])),
         _plane(report["models"]),
         hidden.section(report["models"]),
-        _section("Scores by task", tables.task_table(report["models"]), _TASK_NOTE),
+        section("Scores by task", tables.task_table(report["models"]), _TASK_NOTE),
         _curves(report["candidates"]),
         *trajectory.sections(report["candidates"]),
-        _section("Candidates", *tables.candidate_table(report["candidates"])),
-        _section("Merges", tables.merge_table(report["merges"]), _MERGE_NOTE) if report["merges"] else None,
-        _section("Data", tables.data_table(report["data"]), _padding(report["data"].get("padding_share"))),
-        _section("Recipe", element("pre", element("code", _yaml(report["recipe"])))),
-        _section("Run", _run(report)),
+        section("Candidates", *tables.candidate_table(report["candidates"])),
+        section("Merges", tables.merge_table(report["merges"]), _MERGE_NOTE) if report["merges"] else None,
+        search.section(report["merges"]),
+        section("Data", tables.data_table(report["data"]), _padding(report["data"].get("padding_share"))),
+        section("Recipe", element("pre", element("code", yaml_text(report["recipe"])))),
+        section("Run", _run(report)),
         element("footer", f"Written by unlearnjax {report['unlearnjax']}.", class_="note"),
     )
-    digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'sha256-{digest}'"
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        # Whatever a name in the report may try, the page runs nothing and fetches nothing.
-        element("meta", http_equiv="Content-Security-Policy", content=policy),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="color-scheme", content="light dark"),
-        element("title", report["title"]),
-        element("style", Markup(STYLE)),
-    )
-    return f"<!doctype html>\n{element('html', head, element('body', body), lang='en').text}\n"
-
-
-def _section(title: str, *children: Child) -> Markup:
-    return element("section", element("h2", title), *children)
-
-
-def _header(report: Mapping[str, Any]) -> Markup:
-    hardware = report["hardware"]
-    count = f"{hardware['device_count']} \u00d7 " if hardware["device_count"] != 1 else ""
-    return element(
-        "header",
-        element("h1", report["title"]),
-        element("p", f"{report['created']} · {count}{hardware['device']} · JAX {hardware['jax']}", class_="muted"),
-    )
+    return page(report["title"], body)
 
 
 def _summary(report: Mapping[str, Any]) -> Markup:
@@ -148,13 +120,6 @@ def _card(what: str, model: Mapping[str, Any], by: Ranking) -> Markup:
     )
 
 
-def _warnings(warnings: Sequence[str]) -> Markup | None:
-    if not warnings:
-        return None
-    title = element("strong", "Warning" if len(warnings) == 1 else "Warnings")
-    return element("div", title, element("ul", *(element("li", text) for text in warnings)), class_="warnings")
-
-
 def _score_notes(models: Sequence[Mapping[str, Any]]) -> list[Markup]:
     semantics = sorted({model["scores"]["semantics"] for model in models})
     notes = [
@@ -199,7 +164,7 @@ def _plane(models: Sequence[Mapping[str, Any]]) -> Markup | None:
     present = [kind for kind in KINDS if any(point.kind == kind for point in points)]
     key = [element("span", tables.kind_mark(kind), KIND_NAMES[kind].lower()) for kind in present]
     note = f"{unnamed} crowded points are not named; hover over one for its name." if unnamed else None
-    return _section(
+    return section(
         "Forgotten against retained",
         element("div", *key, class_="key"),
         figure,
@@ -233,7 +198,7 @@ def _curves(candidates: Sequence[Mapping[str, Any]]) -> Markup | None:
         note += "; ✕ marks the last finite value of a candidate that diverged"
     if len(candidates) > charts.LABELLED:
         note += f"; {charts.LABELLED} of {len(candidates)} lines are named, hover over the others"
-    return _section("Loss curves", element("div", *panels, class_="panels"), element("p", note + ".", class_="note"))
+    return section("Loss curves", element("div", *panels, class_="panels"), element("p", note + ".", class_="note"))
 
 
 def _padding(share: float | None) -> Markup | None:
@@ -262,13 +227,3 @@ def _duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def _yaml(recipe: Mapping[str, Any]) -> str:
-    """The recipe as the YAML it can be written in."""
-    import yaml
-
-    # Through JSON, so that anything in a report can be shown.
-    plain = json.loads(json.dumps(recipe))
-    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100, default_flow_style=None)
-    return str(text).strip()

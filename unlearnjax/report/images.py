@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from unlearnjax.errors import UserError
-from unlearnjax.report import charts, schema, tables
+from unlearnjax.report import charts, checks, schema, tables
 from unlearnjax.report.markup import Markup, element
 from unlearnjax.report.page import header, page, section, warnings_box, yaml_text
 
@@ -15,49 +15,49 @@ COLUMNS = (("retain", "Retain"), ("forget", "Forget"), ("test", "Test"), ("mia",
 KINDS = ("base", "retrained", "baseline", "merge")
 MARKS = {"retrained": "gold", "baseline": "candidate"}  # the page's marks are those of language models' reports
 
-_MAYBE = schema.or_null(schema.number)
-_SCORES = schema.record({name: _MAYBE for name in ("retain", "forget", "test", "mia")})
-_COLUMN = schema.list_of(_MAYBE)
-_REPORT = schema.record(
+_MAYBE = checks.or_null(checks.number)
+_SCORES = checks.record(dict.fromkeys(("retain", "forget", "test", "mia"), _MAYBE))
+_COLUMN = checks.list_of(_MAYBE)
+_REPORT = checks.record(
     {
-        "schema": schema.string, "version": schema.integer, "title": schema.string, "created": schema.string,
-        "unlearnjax": schema.string, "command": schema.list_of(schema.string),
+        "schema": checks.string, "version": checks.integer, "title": checks.string, "created": checks.string,
+        "unlearnjax": checks.string, "command": checks.list_of(checks.string),
         "hardware": schema.HARDWARE, "recipe": schema.OBJECT,
-        "data": schema.mapping_of(schema.record({"rows": schema.integer, "sha256": schema.string})),
-        "rule": schema.record(
-            {"name": schema.one_of("keep", "closest"), "floor": _MAYBE, "target": schema.or_null(_SCORES)}
+        "data": checks.mapping_of(checks.record({"rows": checks.integer, "sha256": checks.string})),
+        "rule": checks.record(
+            {"name": checks.one_of("keep", "closest"), "floor": _MAYBE, "target": checks.or_null(_SCORES)}
         ),
-        "weights": schema.record({"trained": schema.integer, "all": schema.integer}),
-        "candidates": schema.list_of(
-            schema.record(
+        "weights": checks.record({"trained": checks.integer, "all": checks.integer}),
+        "candidates": checks.list_of(
+            checks.record(
                 {
-                    "name": schema.string, "settings": schema.OBJECT, "status": schema.one_of("finished", "diverged"),
-                    "diverged_at": schema.or_null(schema.integer), "curves": schema.curves,
+                    "name": checks.string, "settings": schema.OBJECT, "status": checks.one_of("finished", "diverged"),
+                    "diverged_at": checks.or_null(checks.integer), "curves": checks.curves,
                 }
             )
         ),
-        "merges": schema.list_of(
-            schema.record(
+        "merges": checks.list_of(
+            checks.record(
                 {
-                    "name": schema.string, "method": schema.string, "semantics": schema.or_null(schema.string),
-                    "hyperparameters": schema.OBJECT, "candidates": schema.list_of(schema.string), "lambda": _MAYBE,
+                    "name": checks.string, "method": checks.string, "semantics": checks.or_null(checks.string),
+                    "hyperparameters": schema.OBJECT, "candidates": checks.list_of(checks.string), "lambda": _MAYBE,
                 },
                 optional={
-                    "members": schema.list_of(schema.string), "cost": schema.number,
-                    "sparsity": schema.record({"trained": schema.number, "all": schema.number}),
-                    "sweep": schema.record({n: _COLUMN for n in ("lambda", "retain", "forget", "test", "mia")}),
+                    "members": checks.list_of(checks.string), "cost": checks.number,
+                    "sparsity": checks.record({"trained": checks.number, "all": checks.number}),
+                    "sweep": checks.record(dict.fromkeys(("lambda", "retain", "forget", "test", "mia"), _COLUMN)),
                 },
             )
         ),
-        "models": schema.list_of(
-            schema.record(
-                {"name": schema.string, "kind": schema.one_of(*KINDS), "scores": _SCORES, "gap": _MAYBE},
-                optional={"data": schema.string},
+        "models": checks.list_of(
+            checks.record(
+                {"name": checks.string, "kind": checks.one_of(*KINDS), "scores": _SCORES, "gap": _MAYBE},
+                optional={"data": checks.string},
             )
         ),
-        "warnings": schema.list_of(schema.string),
+        "warnings": checks.list_of(checks.string),
     },
-    optional={"exported": schema.string},
+    optional={"exported": checks.string},
 )  # fmt: skip
 
 
@@ -136,8 +136,8 @@ def render_images_html(report: Mapping[str, Any]) -> str:
 
 
 _SCORES_NOTE = (
-    "In percent. Retain, Forget, Test: accuracy. MIA-efficacy: the share of forget images that SalUn's attack takes for "
-    "unseen ones. What is right is what the retrained model has; Avg. Gap is the mean absolute difference from it."
+    "In percent. Retain, Forget, Test: accuracy. MIA-efficacy: the share of forget images that SalUn's attack takes "
+    "for unseen ones. What is right is what the retrained model has; Avg. Gap is the mean absolute difference from it."
 )
 
 
@@ -145,9 +145,9 @@ def _lead(report: Mapping[str, Any]) -> str:
     rule = report["rule"]
     by = ("closeness to the retrained model" if rule["name"] == "closest"
           else f"the lowest forget accuracy at a retain accuracy of at least {rule['floor']:.2f}")  # fmt: skip
-    text = f"{len(report['candidates'])} candidates fine-tuned on the forget images; lambda chosen by {by}, on validation"
+    text = f"{len(report['candidates'])} candidates fine-tuned on the forget images; lambda chosen by {by}, on "
     exported = f"; exported: {report['exported']}" if "exported" in report else ""
-    return f"{text} images{exported}."
+    return f"{text}validation images{exported}."
 
 
 def _ordered(models: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -216,8 +216,8 @@ def _merges(report: Mapping[str, Any]) -> Markup:
         settings = ", ".join(f"{key}={value}" for key, value in merge["hyperparameters"].items())
         text = merge["method"] + (f" ({settings})" if settings else "")
         members = ", ".join(merge["members"]) if "members" in merge else f"{len(merge['candidates'])} candidates"
-        rows.append(element("tr", element("th", merge["name"], scope="row"), element("td", text),
-                            _cell(_lambda(report, merge["name"])), *map(_cell, shares), element("td", members)))  # fmt: skip
+        cells = [_cell(_lambda(report, merge["name"])), *map(_cell, shares), element("td", members)]
+        rows.append(element("tr", element("th", merge["name"], scope="row"), element("td", text), *cells))
     return tables.table([heads], rows)
 
 

@@ -41,15 +41,20 @@ def mean(values: Iterable[float | None]) -> float | None:
     return sum(present) / len(present) if present else None
 
 
+def known(scores: Mapping[str, Any], split: str) -> float | None:
+    """Mean over tasks and both kinds of a split's scores, 1 is all known."""
+    return mean(value for task in scores[split].values() for value in task.values())
+
+
 def retained(scores: Mapping[str, Any]) -> float | None:
-    """Mean over tasks and both kinds of the retain scores, 1 is all kept."""
-    return mean(value for task in scores["retain"].values() for value in task.values())
+    """What is known of the retain set, 1 is all kept."""
+    return known(scores, "retain")
 
 
 def forgotten(scores: Mapping[str, Any]) -> float | None:
-    """1 - mean over tasks and both kinds of the forget scores, 1 is all forgotten."""
-    known = mean(value for task in scores["forget"].values() for value in task.values())
-    return None if known is None else 1.0 - known
+    """1 - what is known of the forget set, 1 is all forgotten."""
+    left = known(scores, "forget")
+    return None if left is None else 1.0 - left
 
 
 def ordered(models: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

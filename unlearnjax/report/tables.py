@@ -115,7 +115,9 @@ def merge_table(merges: Sequence[Mapping[str, Any]]) -> Markup:
     header += [number_head("Length"), number_head("Exported rank"), number_head("Truncation error")]
     rows = []
     for merge in merges:
-        settings = ", ".join(f"{name} {_value(value)}" for name, value in merge["hyperparameters"].items())
+        named = [f"{name} {_value(value)}" for name, value in merge["hyperparameters"].items()]
+        named += [f"scale {_value(merge['scale'])}"] if "scale" in merge else []
+        named += ["subtracted"] if merge.get("negated") else []
         rank = merge["exported_rank"]
         rows.append(
             element(
@@ -124,7 +126,7 @@ def merge_table(merges: Sequence[Mapping[str, Any]]) -> Markup:
                 element("td", merge["method"]),
                 element("td", merge["space"]),
                 element("td", merge["semantics"] or NONE),
-                element("td", settings or NONE),
+                element("td", ", ".join(named) or NONE),
                 element("td", f"{len(merge['candidates'])} candidates", title=", ".join(merge["candidates"])),
                 number(merge.get("length")),
                 element("td", NONE if rank is None else rank, class_="r"),

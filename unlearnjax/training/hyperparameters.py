@@ -67,8 +67,8 @@ def subset(stacked: Any, keep: Sequence[int]) -> Any:
 
 
 def learning_rate(h: Hyperparameters, update: Int[Array, ""]) -> Float[Array, ""]:
-    """The rate of update `update` (counted from 0): linear warmup, then constant, linear decay to 0, half a cosine, or a
-    tenth after half of the rest and a hundredth after three quarters.
+    """The rate of update `update` (counted from 0): linear warmup, then constant, linear decay to 0, half a cosine, or
+    steps: a tenth after half of the rest and a hundredth after three quarters.
 
     As transformers' get_linear_schedule_with_warmup and its siblings define it, but with traced lengths.
     """

@@ -51,9 +51,9 @@ class Net:
             return self._forward(trained, fixed, images, by_batch)
         start = fixed["start"]
         step = jax.tree.map(lambda a, b: a - b, trained, start)
-        run = lambda weights: self._forward(weights, fixed, images, by_batch)  # noqa: E731
-        at_start, change, moved = jax.jvp(lambda w: run(w)[0], (start,), (step,)) + (fixed,)
-        return at_start + change, moved
+        run = lambda weights: self._forward(weights, fixed, images, by_batch)[0]  # noqa: E731
+        at_start, change = jax.jvp(run, (start,), (step,))
+        return at_start + change, fixed
 
     def _forward(self, trained: PyTree[Array], fixed: PyTree[Array], images: Array, by_batch: bool) -> Any:
         if self.family == "clip":

@@ -170,8 +170,8 @@ def classifier_splits(sources: ImageSources, subject: Subject, rows: int, seed: 
 
 
 def clip_splits(sources: ImageSources, size: int, channels: int, rows: int, seed: int) -> Splits:
-    """NegMerge's protocol for CLIP: scored are test images of what is forgotten and of what is kept; lambda is chosen on
-    rows held out of their training data.
+    """NegMerge's protocol for CLIP: scored are test images of what is forgotten and of what is kept; lambda is chosen
+    on rows held out of their training data.
 
     Raises:
       UserError: see `load_images`, `selected`; a forget data set without --forget-test.
@@ -230,6 +230,6 @@ def describe(splits: Splits) -> dict[str, Any]:
 def fingerprint(images: Images) -> str:
     """SHA-256 of pixels and labels."""
     digest = hashlib.sha256(str(images.pixels.shape).encode())
-    digest.update(np.ascontiguousarray(images.pixels))
-    digest.update(np.ascontiguousarray(images.labels))
+    digest.update(images.pixels.tobytes())
+    digest.update(images.labels.tobytes())
     return digest.hexdigest()

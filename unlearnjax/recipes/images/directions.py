@@ -54,9 +54,7 @@ class Soup(NamedTuple):
     members: list[str]
 
 
-def greedy_soup(
-    store: Store, order: Sequence[str], alone: float, cost: Callable[[PyTree[np.ndarray]], float]
-) -> Soup:
+def greedy_soup(store: Store, order: Sequence[str], alone: float, cost: Callable[[PyTree[np.ndarray]], float]) -> Soup:
     """Candidates from the best on, each kept in the mean if the rule's cost, searched anew over lambda, falls
     (negmerge.md, section 4: ours, since the paper does not say).
 
@@ -67,7 +65,7 @@ def greedy_soup(
     total, members, best = store.delta(order[0]), [order[0]], alone
     for name in order[1:]:
         more = jax.tree.map(np.add, total, store.delta(name))
-        value = cost(jax.tree.map(lambda x: x / np.float32(len(members) + 1), more))  # noqa: B023
+        value = cost(jax.tree.map(lambda x: x / np.float32(len(members) + 1), more))
         if value < best:
             total, best = more, value
             members.append(name)

@@ -1,8 +1,8 @@
-"""The whole job for image models: fine-tune on what is to be forgotten, merge, search lambda, subtract, score, write."""
+"""The whole job for image models: fine-tune on what is to be forgotten, merge, subtract, score, write."""
 
 import datetime
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def run_images(
       The report (see `unlearnjax.report.images`).
 
     Raises:
-      UserError: bad input, before anything is trained; no candidate is left; the rule forbids every point of all merges.
+      UserError: bad input, before anything is trained; no candidate is left.
       Interrupted: `stop` asked for it.
     """
     out = claim(out, resume)
@@ -70,6 +70,9 @@ def run_images(
     job = _Job(recipe, subjects, splits, out, progress, stop)
     job.begin(resume)
     return job.run(list(command), title or f"Unlearning with the recipe {recipe.name}")
+
+
+Found = tuple[dict[str, Any], PyTree[np.ndarray], float]  # a merge's entry in the report, its direction, its cost
 
 
 class _Job:
@@ -174,7 +177,7 @@ class _Job:
             raise UserError("all candidates diverged; lower learning_rate")
         return left
 
-    def merge(self, names: list[str], judge: Judge) -> tuple[list[dict[str, Any]], list[tuple[dict[str, Any], Any, float]]]:
+    def merge(self, names: list[str], judge: Judge) -> tuple[list[dict[str, Any]], list[Found]]:
         """(the report's entry of every merge; (entry, direction, cost) of those for which a lambda was found)"""
         entries, found = [], []
         singles: dict[str, tuple[list[Scores], Any]] | None = None

@@ -26,9 +26,7 @@ def is_image_model(model: str) -> bool:
     return kind == "clip" or kind in FAMILIES
 
 
-def load_subjects(
-    model: str, sources: ImageSources, recipe: ImageRecipe, gold: str | None
-) -> tuple[Subjects, Splits]:
+def load_subjects(model: str, sources: ImageSources, recipe: ImageRecipe, gold: str | None) -> tuple[Subjects, Splits]:
     """Read the models and the images, and fit them to each other.
 
     Raises:

@@ -101,7 +101,7 @@ def stack(candidates: Sequence[ImageCandidate], updates: Sequence[int]) -> Setti
 
     clip = [float("inf") if c.max_grad_norm is None else c.max_grad_norm for c in candidates]
     return Settings(
-        *(column(n) for n in ("learning_rate", "weight_decay", "momentum", "label_smoothing")),
+        column("learning_rate"), column("weight_decay"), column("momentum"), column("label_smoothing"),
         jnp.asarray(clip, jnp.float32), column("warmup_updates"), jnp.asarray(updates, jnp.float32),
         jnp.asarray([SCHEDULES.index(c.schedule) for c in candidates], jnp.int32),
         jnp.asarray([-1.0 if c.ascend else 1.0 for c in candidates], jnp.float32), column("l1"),

@@ -59,7 +59,7 @@ def init_state(optimizer: str, trained: PyTree[Array], fixed: PyTree[Array]) -> 
 def cross_entropy(
     logits: Float[Array, "batch classes"], labels: Int[Array, " batch"], smoothing: Float[Array, ""]
 ) -> Float[Array, " batch"]:
-    """Each row's cross-entropy to its label, of which a share `smoothing` is spread evenly over all classes (torch's)."""
+    """Each row's cross-entropy to its label, of which a share `smoothing` is spread over all classes (torch's)."""
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     own = jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
     return -(1.0 - smoothing) * own - smoothing * jnp.mean(log_p, axis=-1)
@@ -91,7 +91,7 @@ def update(
     finite = jnp.isfinite(norm) & jnp.isfinite(value)
     scale = jnp.where(norm > h.max_grad_norm, h.max_grad_norm / jnp.maximum(norm, 1e-12), 1.0)
     gradient = jax.tree.map(lambda g: g * scale, gradient)
-    rate = learning_rate(h, state.updates)
+    rate = learning_rate(h, state.updates)  # type: ignore[arg-type]  # the fields that it reads are there
     if task.optimizer == "adamw":  # torch's AdamW: decoupled decay
         with jax.numpy_dtype_promotion("standard"):
             direction, moments = ADAM.update(gradient, state.moments)
@@ -113,7 +113,7 @@ def update(
 def group_update(
     task: Task, data: Labelled, states: State, work: Work, h: Settings, masks: PyTree[Array] | None
 ) -> tuple[State, Float[Array, " N"]]:
-    """`update` for a group: a leading axis N on states, work, settings and masks. One candidate's code never mentions N.
+    """`update` for a group: a leading axis N on states, work, settings and masks.
 
     Convolutions of several kernels at once become grouped ones under vmap, which a CPU does many times slower than one
     after another ("unroll").
@@ -129,7 +129,7 @@ def group_update(
 def run_steps(
     task: Task, data: Labelled, states: State, work: Work, h: Settings, masks: PyTree[Array] | None
 ) -> tuple[State, Float[Array, "steps N"]]:
-    """As many updates as `work` has on its leading axis (rows are [steps, N, batch]): one is no loop, as a CPU wants it.
+    """As many updates as `work` has on its leading axis (rows are [steps, N, batch]); one is no loop, for CPUs.
 
     The states' buffers are written over.
     """
