@@ -1,0 +1,176 @@
+"""NegMerge's table 2 (2410.05583): unlearning a random tenth of CIFAR-10's training images.
+
+Command (DATA is a folder with train.parquet and test.parquet, as the hub's uoft-cs/cifar10 has them):
+
+    python experiments/negmerge_cifar10.py --data DATA --scale small --out out/negmerge_cifar10
+
+Trains the original model (all training images) and the retrained one (without the forget images; same initialisation
+and settings), runs the recipe with every merge and baseline beside them, and again with other BatchNorm handling and
+with augmented candidates; for each seed. `--scale paper` is ResNet-18 on all 50000 images with SalUn's settings (182
+epochs) and the 27 candidates of the recipe `negmerge`; it needs an accelerator and has not been run. `--scale small` is
+a ResNet of three stages (widths 16, 32, 64; one block each) on 8000 images. Other data sets (CUB, Tiny-ImageNet) run
+through `--train` and `--test` by hub id; they were not run.
+
+Writes one run per seed and variant under --out, and the figures to keep as experiments/results/negmerge_cifar10_SCALE.json:
+each model's accuracy on retain, forget and test images, MIA-efficacy, and Avg. Gap to the retrained model; the sweeps
+along lambda. Expected from the paper (ResNet-18; retain, forget, test, MIA, gap): retrained 100, 94.76, 94.26, 12.88;
+best single task vector 98.36, 94.85, 91.49, 10.91, 1.62; uniform gap 1.75; NegMerge gap 1.07.
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pyarrow.parquet as pq
+
+from unlearnjax.data.images import Images, forget_mask, load_images
+from unlearnjax.data.labelled import labelled
+from unlearnjax.models.vision.classifier import new_classifier, save_classifier
+from unlearnjax.models.vision.net import classifier_subject
+from unlearnjax.models.vision.resnet import ResNetConfig, resnet18
+from unlearnjax.recipes.images.data import ImageSources
+from unlearnjax.recipes.images.run import run_images
+from unlearnjax.recipes.images.schema import ImageRecipe
+from unlearnjax.recipes.load import load_image_recipe
+from unlearnjax.report.images import read_images_report, render_images_markdown
+from unlearnjax.training.images.fine_tune import fine_tune
+from unlearnjax.training.images.settings import ImageCandidate
+
+HERE = Path(__file__).parent
+FRACTION = 0.1
+
+
+class Scale(NamedTuple):
+    """Rows of the training and test set (None: all), the model, and how it is trained."""
+
+    rows: int | None
+    test_rows: int | None
+    config: ResNetConfig
+    original: ImageCandidate
+    batch: int
+    recipe: str
+
+
+def scale_of(name: str) -> Scale:
+    """`small` or `paper`."""
+    if name == "paper":  # SalUn's settings
+        original = ImageCandidate("original", learning_rate=0.1, epochs=182, schedule="steps", flip=0.5, crop_padding=4)
+        return Scale(None, None, resnet18(10), original, 256, str(HERE / "negmerge_cifar10_paper.yml"))
+    config = ResNetConfig(10, stem="cifar", embedding=16, widths=(16, 32, 64), depths=(1, 1, 1))
+    original = ImageCandidate("original", learning_rate=0.1, epochs=20, flip=0.5, crop_padding=4)
+    return Scale(8000, 2000, config, original, 128, str(HERE / "negmerge_cifar10_small.yml"))
+
+
+def arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--data", help="a folder with train.parquet and test.parquet")
+    p.add_argument("--scale", choices=("small", "paper"), default="small")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    p.add_argument("--variants", nargs="+", default=["frozen", "kept", "re-estimated", "augmented"],
+                   help="the first is run with all baselines for each seed, the others for the first seed")  # fmt: skip
+    p.add_argument("--out", required=True)
+    p.add_argument("--results", default=str(HERE / "results"))
+    return p.parse_args()
+
+
+def subset(source: Path, target: Path, rows: int | None) -> str:
+    """The first rows of a parquet file, as a file; CIFAR-10's rows are in random order."""
+    if not target.exists():
+        table = pq.read_table(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table if rows is None else table.slice(0, rows), target)
+    return str(target)
+
+
+def trained(scale: Scale, images: Images, folder: Path, seed: int) -> None:
+    """Train a classifier from scratch on these images and save it."""
+    if folder.exists():
+        return
+    model = new_classifier("resnet", scale.config, images.names, images.pixels.shape[1], jax.random.key(seed))
+    subject = classifier_subject(model)
+    settings = dataclasses.replace(scale.original, seed=seed)
+    (out,) = fine_tune(subject, labelled(images.pixels, images.labels), [settings], batch_size=scale.batch,
+                       batch_norm="batch", progress=True, label=folder.name)  # fmt: skip
+    save_classifier(subject.edited(out.trained, out.fixed["statistics"]), folder)
+
+
+def variant_of(recipe: ImageRecipe, variant: str, first: bool) -> ImageRecipe:
+    """The recipe with BatchNorm frozen in fine-tuning (and kept), moving in it and dropped (kept) or measured anew after
+    the edit, or with augmented candidates."""
+    training, selection, candidates = recipe.training, recipe.selection, recipe.candidates
+    if variant in ("kept", "re-estimated"):
+        training = dataclasses.replace(training, batch_norm="batch")
+        selection = dataclasses.replace(selection, statistics=variant)
+    if variant == "augmented":
+        candidates = tuple(dataclasses.replace(c, flip=0.5, crop_padding=4) for c in candidates)
+    if first:
+        return recipe
+    core = tuple(m for m in recipe.merges if m.name in ("consensus", "uniform", "conflict_only", "best_single"))
+    return dataclasses.replace(
+        recipe, training=training, selection=selection, candidates=candidates, merges=core, baselines={}
+    )
+
+
+def separation(report: dict[str, Any]) -> dict[str, float]:
+    """For each merge: how much lower its forget accuracy is than its retain accuracy at the lambda where the retain
+    accuracy has fallen by about five points, minus the same at lambda 0. Near 0: it is damage, not forgetting."""
+    found = {}
+    for merge in report["merges"]:
+        if "sweep" in merge:
+            retain, forget = (np.asarray(merge["sweep"][key]) for key in ("retain", "forget"))
+            place = int(np.argmin(np.abs(retain - (retain[0] - 5))))
+            found[merge["name"]] = float((retain - forget)[place] - (retain - forget)[0])
+    return found
+
+
+def main() -> None:
+    a = arguments()
+    scale, out = scale_of(a.scale), Path(a.out)
+    train_file = subset(Path(a.data) / "train.parquet", out / "data" / "train.parquet", scale.rows)
+    test_file = subset(Path(a.data) / "test.parquet", out / "data" / "test.parquet", scale.test_rows)
+    base_recipe = load_image_recipe(scale.recipe, "")
+    images = load_images(train_file)
+    kept: dict[str, Any] = {"scale": a.scale, "runs": []}
+    for seed in a.seeds:
+        models = out / f"models-seed{seed}"
+        mask = forget_mask(images, fraction=FRACTION, seed=seed)
+        trained(scale, images, models / "original", seed)
+        trained(scale, images.only(~mask), models / "retrained", seed)
+        for variant in a.variants if seed == a.seeds[0] else a.variants[:1]:
+            selection = dataclasses.replace(base_recipe.selection, seed=seed)
+            candidates = tuple(dataclasses.replace(c, seed=c.seed + 1000 * seed) for c in base_recipe.candidates)
+            recipe = dataclasses.replace(base_recipe, selection=selection, candidates=candidates)
+            recipe = variant_of(recipe, variant, variant == a.variants[0])
+            folder = out / f"{variant}-seed{seed}"
+            if (folder / "report.json").exists():
+                report = read_images_report(folder)
+            else:
+                sources = ImageSources(train_file, f"fraction:{FRACTION}", test_file)
+                report = run_images(
+                    str(models / "original"), sources, folder, recipe, gold=str(models / "retrained"), resume=True,
+                    command=["python", "experiments/negmerge_cifar10.py", "--scale", a.scale],
+                    title=f"NegMerge on CIFAR-10 ({a.scale}), {variant}, seed {seed}",
+                )  # fmt: skip
+            print(f"\n{variant}, seed {seed}\n{render_images_markdown(report)}", flush=True)
+            kept["runs"].append({"seed": seed, "variant": variant, "separation": separation(report), **slim(report)})
+            save(kept, Path(a.results) / f"negmerge_cifar10_{a.scale}.json")
+
+
+def slim(report: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a report: not the candidates' curves."""
+    return {key: report[key] for key in ("models", "merges", "rule", "weights", "hardware", "data", "warnings")}
+
+
+def save(kept: dict[str, Any], path: Path) -> None:
+    """Numbers cut to five digits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    short = json.loads(json.dumps(kept), parse_float=lambda x: float(f"{float(x):.5g}"))
+    path.write_text(json.dumps(short, separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
