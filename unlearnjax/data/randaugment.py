@@ -86,7 +86,7 @@ def _mapped(
     values = jnp.broadcast_to(jnp.arange(256), (channels, 256))
 
     lowest, highest = pixels.min((0, 1))[:, None], pixels.max((0, 1))[:, None]
-    stretched = jnp.clip((values - lowest) * 255 // jnp.maximum(highest - lowest, 1), 0, 255)
+    stretched = (values - lowest) * 255 // jnp.maximum(highest - lowest, 1)
 
     counts = jnp.zeros((channels, 256), jnp.int32).at[channel, pixels].add(1)
     step = (height * width - jnp.take_along_axis(counts, highest, axis=1)) // 255
