@@ -6,12 +6,12 @@ the arithmetic is Pillow's on its uint8 images; both differ between libraries.
 
 Which operation an image gets is known on the device only, so a program that took one branch per operation would compute
 all fifteen of every image. They share three forms: a table of 256 values per channel, a blend with a degenerate image,
-and an affine transform. Each form is computed once, with arguments that make it the identity where another was chosen.
+and an affine transform. Each form is computed once, and is the identity where another was chosen.
 
 Three differences from timm on Pillow, all deliberate:
 - the affine operations interpolate bilinearly; timm draws bilinear or bicubic at random.
-- AutoContrast maps the brightest value to 255 always. Pillow's float64 product falls just short of a whole number in
-  0.4 % of all cases, and truncates to the one below.
+- AutoContrast maps the brightest value to 255 always. Of all (darkest, brightest, value) 0.4 % should map to a whole
+  number that Pillow's float64 product falls just short of and truncates to the one below.
 - Posterize may keep no bits (levels below 2.5) and gives black, as Pillow did before it began to refuse that.
 """
 
@@ -86,7 +86,7 @@ def _mapped(
     values = jnp.broadcast_to(jnp.arange(256), (channels, 256))
 
     lowest, highest = pixels.min((0, 1))[:, None], pixels.max((0, 1))[:, None]
-    stretched = jnp.clip((values - lowest) * 255 // jnp.maximum(highest - lowest, 1), 0, 255)
+    stretched = (values - lowest) * 255 // jnp.maximum(highest - lowest, 1)
 
     counts = jnp.zeros((channels, 256), jnp.int32).at[channel, pixels].add(1)
     step = (height * width - jnp.take_along_axis(counts, highest, axis=1)) // 255
@@ -148,7 +148,7 @@ def _moved(
     def chosen(name: str) -> Float[Array, ""]:
         return jnp.where(_is(operation, name), argument, 0.0)
 
-    # A pixel's coordinates are its middle's. Rotation is about the image's centre, shear about the first row or column.
+    # A pixel's coordinates are its middle's. Rotation is about the image's centre, shear about its top or left edge.
     x, y = jnp.arange(0.5, width)[None], jnp.arange(0.5, height)[:, None]
     right, down = x - width / 2, y - height / 2
     angle = jnp.radians(chosen("Rotate"))
