@@ -15,11 +15,12 @@ from unlearnjax.recipes.parse import recipe_from
 from unlearnjax.recipes.schema import Recipe
 
 
-def names() -> list[str]:
-    """The recipes that ship with the package."""
-    return sorted(
-        f.name.removesuffix(".yml") for f in resources.files(__package__).iterdir() if f.name.endswith(".yml")
-    )
+TEXT, IMAGES = "unlearnjax.recipes", "unlearnjax.recipes.images"
+
+
+def names(package: str = TEXT) -> list[str]:
+    """The recipes that ship, for language models or for image models."""
+    return sorted(f.name.removesuffix(".yml") for f in resources.files(package).iterdir() if f.name.endswith(".yml"))
 
 
 @functools.cache
@@ -69,16 +70,16 @@ def load_recipe(name_or_file: str) -> Recipe:
     return recipe_from(raw, where)
 
 
-def _raw(name_or_file: str) -> tuple[Any, str]:
+def _raw(name_or_file: str, package: str = TEXT) -> tuple[Any, str]:
     """(plain data, what to call it)"""
-    if name_or_file in names():
-        text = resources.files(__package__).joinpath(f"{name_or_file}.yml").read_text(encoding="utf-8")
+    if name_or_file in names(package):
+        text = resources.files(package).joinpath(f"{name_or_file}.yml").read_text(encoding="utf-8")
         return _parse(text, name_or_file), f"recipe {name_or_file}"
     path = Path(name_or_file).expanduser()
     if not path.is_file():
         if len(path.parts) > 1 or path.suffix in (".yml", ".yaml"):
             raise UserError(f"{name_or_file}: no such recipe file")
-        raise UserError(f"unknown recipe {name_or_file!r}{nearest(name_or_file, names())}")
+        raise UserError(f"unknown recipe {name_or_file!r}{nearest(name_or_file, names(package))}")
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -89,15 +90,15 @@ def _raw(name_or_file: str) -> tuple[Any, str]:
 
 
 def load_image_recipe(name_or_file: str, model: str) -> ImageRecipe:
-    """A recipe for an image model: `negmerge` (and `default`) stand for what ships for its kind; or a file.
+    """A recipe for an image model: `negmerge` (and `default`) is what ships for its kind; or a file.
 
     Raises:
       UserError: see `load_recipe`; a recipe for language models.
     """
     if name_or_file in ("negmerge", "default"):
         clip = read_json(resolve(model) / "config.json").get("model_type") == "clip"
-        name_or_file = "negmerge-clip" if clip else "negmerge-images"
-    raw, where = _raw(name_or_file)
+        name_or_file = "negmerge-clip" if clip else "negmerge"
+    raw, where = _raw(name_or_file, IMAGES)
     if not isinstance(raw, dict) or raw.get("kind") != "images":
         raise UserError(f"{where}: is for language models; one for image models says kind: images")
     return image_recipe_from(raw, where)

@@ -30,7 +30,7 @@ from unlearnjax.recipes.images.store import Store
 from unlearnjax.recipes.images.subjects import Subjects, load_subjects
 from unlearnjax.recipes.resume import CHECKPOINTS, claim, model_fingerprint
 from unlearnjax.report.images import render_images_html, write_images_report
-from unlearnjax.training.images.fine_tune import Tuned, default_mapping, fine_tune
+from unlearnjax.training.images.fine_tune import default_mapping, fine_tune
 from unlearnjax.training.interrupt import Stop
 
 
@@ -162,7 +162,7 @@ class _Job:
                 mapping=mapping, progress=self.progress, stop=self.stop,
             )  # fmt: skip
             for one in tuned:
-                self.store.save(one, origins[one.candidate.name])
+                self.store.save(one.candidate.name, one, origins[one.candidate.name])
         left = []
         for candidate in self.recipe.candidates:
             facts = self.store.facts(candidate.name)
@@ -262,10 +262,11 @@ class _Job:
             origin = {**self.origin(), "settings": dict(settings)}
             if not store.has(name, origin):
                 shutil.rmtree(store.folder / name, ignore_errors=True)
-                tuned: Tuned = BASELINES[name].run(
-                    self.subject, retain, forget, **settings, progress=self.progress, stop=self.stop
-                )
-                store.save(tuned._replace(candidate=tuned.candidate.__class__(name)), origin)
+                found = BASELINES[name].run(
+                    self.subject, retain, forget, progress=self.progress, stop=self.stop,
+                    **{"seed": self.recipe.selection.seed, **settings},
+                )  # fmt: skip
+                store.save(name, found, origin)
             if store.facts(name).diverged_at is not None:
                 self.warnings.append(f"baseline {name} diverged and is left out")
                 continue

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -12,9 +12,21 @@ from jaxtyping import Array, PyTree
 from unlearnjax.errors import UserError
 from unlearnjax.io.atomic import staged_folder
 from unlearnjax.io.safetensors import Entry, open_file, write_file
-from unlearnjax.training.images.fine_tune import Tuned
 
 WEIGHTS, FACTS = "delta.safetensors", "candidate.json"
+
+
+class Trained(Protocol):
+    """What fine-tuning and the baselines give."""
+
+    @property
+    def trained(self) -> PyTree[np.ndarray]: ...
+    @property
+    def fixed(self) -> PyTree[np.ndarray]: ...
+    @property
+    def losses(self) -> list[float]: ...
+    @property
+    def diverged_at(self) -> int | None: ...
 
 
 class Facts(NamedTuple):
@@ -42,12 +54,13 @@ class Store:
         place = self.folder / name / FACTS
         return place.is_file() and json.loads(place.read_text("utf-8"))["origin"] == json.loads(json.dumps(origin))
 
-    def save(self, tuned: Tuned, origin: Mapping[str, Any]) -> None:
+    def save(self, name: str, tuned: Trained, origin: Mapping[str, Any]) -> None:
         """Keep a candidate."""
-        tree = {"delta": tuned.delta(self._start), "statistics": tuned.fixed.get("statistics", {})}
-        entries = [Entry(name, x.shape, np.float32, np.asarray(x, np.float32)) for name, x in _named(tree)]
+        delta = jax.tree.map(lambda after, before: after - np.asarray(before), tuned.trained, self._start)
+        tree = {"delta": delta, "statistics": tuned.fixed.get("statistics", {})}
+        entries = [Entry(key, x.shape, np.float32, np.asarray(x, np.float32)) for key, x in _named(tree)]
         facts = {"origin": origin, "losses": tuned.losses, "diverged_at": tuned.diverged_at}
-        with staged_folder(self.folder / tuned.candidate.name) as staged:
+        with staged_folder(self.folder / name) as staged:
             write_file(staged / WEIGHTS, entries)
             (staged / FACTS).write_text(json.dumps(facts), "utf-8")
 

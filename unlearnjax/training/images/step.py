@@ -72,7 +72,8 @@ def update(
     pixels = data.pixels[work.rows].astype(jnp.float32)
     if task.augments:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(2), h.seed), state.updates)
-        pixels = augment(key, pixels, h.strength, most_operations=task.operations, crops=task.crops)
+        fill = tuple(float(round(255 * mean)) for mean in task.net.mean)  # as timm takes its own
+        pixels = augment(key, pixels, h.strength, most_operations=task.operations, crops=task.crops, fill=fill)
     counted = jnp.sum(work.weight)
     active = counted > 0
 
