@@ -8,12 +8,13 @@ Trains the original model (all training images) and the retrained one (without t
 and settings), runs the recipe with every merge and baseline beside them, and again with other BatchNorm handling and
 with augmented candidates; for each seed. `--scale paper` is ResNet-18 on all 50000 images with SalUn's settings (182
 epochs) and the 27 candidates of the recipe `negmerge`; it needs an accelerator and has not been run. `--scale small` is
-a ResNet of three stages (widths 16, 32, 64; one block each) on 8000 images. Other data sets (CUB, Tiny-ImageNet) run
-through `--train` and `--test` by hub id; they were not run.
+a ResNet of three stages (widths 16, 32, 64; one block each) on 8000 images. Other data sets run at the paper's scale by
+hub id, such as `--train zh-plus/tiny-imagenet:train --test zh-plus/tiny-imagenet:valid --size 64`, or CUB-200 at 224
+(images are resized, and from 64 on the stem is ImageNet's); they were not run.
 
-Writes one run per seed and variant under --out, and the figures to keep as experiments/results/negmerge_cifar10_SCALE.json:
-each model's accuracy on retain, forget and test images, MIA-efficacy, and Avg. Gap to the retrained model; the sweeps
-along lambda. Expected from the paper (ResNet-18; retain, forget, test, MIA, gap): retrained 100, 94.76, 94.26, 12.88;
+Writes one run per seed and variant under --out, and the figures to keep as negmerge_cifar10_SCALE.json in --results: each
+model's accuracy on retain, forget and test images, MIA-efficacy, and Avg. Gap to the retrained model; the sweeps along
+lambda. Expected from the paper (ResNet-18; retain, forget, test, MIA, gap): retrained 100, 94.76, 94.26, 12.88;
 best single task vector 98.36, 94.85, 91.49, 10.91, 1.62; uniform gap 1.75; NegMerge gap 1.07.
 """
 
@@ -68,13 +69,19 @@ def scale_of(name: str) -> Scale:
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--data", help="a folder with train.parquet and test.parquet")
+    p.add_argument("--train", help="in its place, for --scale paper: a file or hub id, with --test and --size")
+    p.add_argument("--test")
+    p.add_argument("--size", type=int, default=32, help="of the images, in pixels")
     p.add_argument("--scale", choices=("small", "paper"), default="small")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--variants", nargs="+", default=["frozen", "kept", "re-estimated", "augmented"],
                    help="the first is run with all baselines for each seed, the others for the first seed")  # fmt: skip
     p.add_argument("--out", required=True)
     p.add_argument("--results", default=str(HERE / "results"))
-    return p.parse_args()
+    a = p.parse_args()
+    if (a.data is None) == (a.train is None) or (a.train is None) != (a.test is None):
+        p.error("give --data, or --train and --test")
+    return a
 
 
 def subset(source: Path, target: Path, rows: int | None) -> str:
@@ -99,8 +106,8 @@ def trained(scale: Scale, images: Images, folder: Path, seed: int) -> None:
 
 
 def variant_of(recipe: ImageRecipe, variant: str, first: bool) -> ImageRecipe:
-    """The recipe with BatchNorm frozen in fine-tuning (and kept), moving in it and dropped (kept) or measured anew after
-    the edit, or with augmented candidates."""
+    """The recipe with BatchNorm frozen in fine-tuning (and kept), moving in it and dropped (kept) or measured anew
+    after the edit, or with augmented candidates."""
     training, selection, candidates = recipe.training, recipe.selection, recipe.candidates
     if variant in ("kept", "re-estimated"):
         training = dataclasses.replace(training, batch_norm="batch")
@@ -130,10 +137,14 @@ def separation(report: dict[str, Any]) -> dict[str, float]:
 def main() -> None:
     a = arguments()
     scale, out = scale_of(a.scale), Path(a.out)
-    train_file = subset(Path(a.data) / "train.parquet", out / "data" / "train.parquet", scale.rows)
-    test_file = subset(Path(a.data) / "test.parquet", out / "data" / "test.parquet", scale.test_rows)
+    train_file, test_file = a.train, a.test
+    if a.data is not None:
+        train_file = subset(Path(a.data) / "train.parquet", out / "data" / "train.parquet", scale.rows)
+        test_file = subset(Path(a.data) / "test.parquet", out / "data" / "test.parquet", scale.test_rows)
     base_recipe = load_image_recipe(scale.recipe, "")
-    images = load_images(train_file)
+    images = load_images(train_file, size=a.size, channels=3)
+    stem = "cifar" if a.size < 64 else "imagenet"
+    scale = scale._replace(config=dataclasses.replace(scale.config, classes=len(images.names), stem=stem))
     kept: dict[str, Any] = {"scale": a.scale, "runs": []}
     for seed in a.seeds:
         models = out / f"models-seed{seed}"
@@ -149,7 +160,7 @@ def main() -> None:
             if (folder / "report.json").exists():
                 report = read_images_report(folder)
             else:
-                sources = ImageSources(train_file, f"fraction:{FRACTION}", test_file)
+                sources = ImageSources(train_file, f"fraction:{FRACTION}", test_file, resize=True)
                 report = run_images(
                     str(models / "original"), sources, folder, recipe, gold=str(models / "retrained"), resume=True,
                     command=["python", "experiments/negmerge_cifar10.py", "--scale", a.scale],
