@@ -1,13 +1,13 @@
 """Fine-tuning many candidates of one image model, in groups that come out as they are finished."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Int, PyTree
 
 from unlearnjax.data.labelled import Labelled
 from unlearnjax.errors import UserError
@@ -18,6 +18,9 @@ from unlearnjax.training.images.step import State, Task, Work, init_state, run_s
 from unlearnjax.training.interrupt import Interrupted, Stop
 
 AHEAD = 8  # programs that may wait for the device
+
+Order = Callable[[int, int], Int[np.ndarray, " rows"]]
+"""A candidate's seed and the epoch, from 0 -> the rows of that epoch: as many in every one."""
 
 
 class Tuned(NamedTuple):
@@ -56,14 +59,18 @@ def updates_of(candidate: ImageCandidate, rows: int, batch_size: int) -> int:
     return candidate.epochs * -(-rows // batch_size)
 
 
-def batches(candidate: ImageCandidate, rows: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(rows [batch], weights [batch]) of each update: every epoch in an order of its own, which depends on the seed
-    alone. The last batch of an epoch is filled with rows that count 0."""
+def shuffled(rows: int) -> Order:
+    """All rows, every epoch in an order of its own."""
+    return lambda seed, epoch: np.random.default_rng([seed, epoch]).permutation(rows)
+
+
+def batches(candidate: ImageCandidate, order: Order, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(rows [batch], weights [batch]) of each update. The last batch of an epoch is filled with rows that count 0."""
     for epoch in range(candidate.epochs):
-        order = np.random.default_rng([candidate.seed, epoch]).permutation(rows)
-        for start in range(0, rows, batch_size):
-            own = order[start : start + batch_size]
-            filled = np.resize(order, batch_size - own.size) if own.size < batch_size else own[:0]
+        found = order(candidate.seed, epoch)
+        for start in range(0, found.size, batch_size):
+            own = found[start : start + batch_size]
+            filled = np.resize(found, batch_size - own.size) if own.size < batch_size else own[:0]
             weight = np.concatenate([np.ones(own.size), np.zeros(filled.size)])
             yield np.concatenate([own, filled]).astype(np.int32), weight.astype(np.float32)
 
@@ -78,6 +85,7 @@ def fine_tune(
     batch_norm: str = "frozen",
     mapping: Mapping | None = None,
     masks: Sequence[PyTree[Array]] | None = None,
+    order: Order | None = None,
     progress: bool = False,
     label: str = "fine-tuning",
     stop: Stop | None = None,
@@ -93,14 +101,17 @@ def fine_tune(
       batch_norm: "frozen": BatchNorm uses the running statistics, which stay; "batch": each batch's own, and they move.
       mapping: see `default_mapping`.
       masks: one per candidate, like the trained weights: what is 0 there stays as it is.
+      order: which rows make an epoch, and in which order; default: all, shuffled. `data` may so hold rows for every
+        epoch apart, such as labels that are drawn anew.
       stop: looked at between two programs.
 
     Raises:
       UserError: a setting out of range; no candidates or rows; labels that the model has no class for.
       Interrupted: `stop` asked for it.
     """
-    rows = int(data.labels.shape[0])
     _check(subject, data, candidates, optimizer, batch_size, batch_norm, mapping)
+    order = order or shuffled(int(data.labels.shape[0]))
+    rows = order(candidates[0].seed, 0).size
     size = min(batch_size, rows)
     updates = [updates_of(c, rows, size) for c in candidates]
     chosen = mapping or default_mapping(subject, len(candidates))
@@ -122,7 +133,7 @@ def fine_tune(
             # Copies, since the program writes over them.
             states = jax.tree.map(lambda x: jnp.stack([x] * len(places)), fresh)  # noqa: B023
             losses: list[Any] = []
-            for work in _programs([candidates[i] for i in places], rows, size, chosen.steps):
+            for work in _programs([candidates[i] for i in places], order, rows, size, chosen.steps):
                 states, got = run_steps(task, data, states, work, own, mask)
                 losses.append(got)
                 if len(losses) > AHEAD:
@@ -133,9 +144,9 @@ def fine_tune(
             yield from _finished([candidates[i] for i in places], [updates[i] for i in places], states, losses)
 
 
-def _programs(candidates: Sequence[ImageCandidate], rows: int, size: int, steps: int) -> Iterator[Work]:
+def _programs(candidates: Sequence[ImageCandidate], order: Order, rows: int, size: int, steps: int) -> Iterator[Work]:
     """What each program of a group takes: [steps, N, batch]; nothing for those that have ended."""
-    streams = [batches(c, rows, size) for c in candidates]
+    streams = [batches(c, order, size) for c in candidates]
     total = max(updates_of(c, rows, size) for c in candidates)
     idle = np.zeros(size, np.int32), np.zeros(size, np.float32)
     for begin in range(0, total, steps):
