@@ -99,7 +99,7 @@ def theirs(folder: str, n: int, updates: int) -> tuple[dict[str, Any], Callable[
     from torch import nn
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    from unlearnjax.training.images.fine_tune import batches
+    from unlearnjax.training.images.fine_tune import batches, shuffled
     from unlearnjax.training.images.settings import ImageCandidate
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -125,7 +125,7 @@ def theirs(folder: str, n: int, updates: int) -> tuple[dict[str, Any], Callable[
         for i in range(n):
             model = fresh()
             optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
-            for rows, _ in batches(ImageCandidate(str(i), epochs=epochs, seed=i), len(labels), BATCH):
+            for rows, _ in batches(ImageCandidate(str(i), epochs=epochs, seed=i), shuffled(len(labels)), BATCH):
                 own = torch.from_numpy(rows).long().to(device)
                 loss = nn.functional.cross_entropy(model(images[own]).logits, answers[own])
                 optimizer.zero_grad()

@@ -12,9 +12,9 @@ a ResNet of three stages (widths 16, 32, 64; one block each) on 8000 images. Oth
 hub id, such as `--train zh-plus/tiny-imagenet:train --test zh-plus/tiny-imagenet:valid --size 64`, or CUB-200 at 224
 (images are resized, and from 64 on the stem is ImageNet's); they were not run.
 
-Writes one run per seed and variant under --out, and the figures to keep as negmerge_cifar10_SCALE.json in --results: each
-model's accuracy on retain, forget and test images, MIA-efficacy, and Avg. Gap to the retrained model; the sweeps along
-lambda. Expected from the paper (ResNet-18; retain, forget, test, MIA, gap): retrained 100, 94.76, 94.26, 12.88;
+Writes one run per seed and variant under --out, and the figures to keep as negmerge_cifar10_SCALE.json in --results:
+each model's accuracy on retain, forget and test images, MIA-efficacy, and Avg. Gap to the retrained model; the sweeps
+along lambda. Expected from the paper (ResNet-18; retain, forget, test, MIA, gap): retrained 100, 94.76, 94.26, 12.88;
 best single task vector 98.36, 94.85, 91.49, 10.91, 1.62; uniform gap 1.75; NegMerge gap 1.07.
 """
 

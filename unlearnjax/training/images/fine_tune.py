@@ -98,7 +98,8 @@ def fine_tune(
     Args:
       optimizer: "sgd" (with momentum; torch's) or "adamw".
       batch_size: rows of an update; fewer where there are not as many.
-      batch_norm: "frozen": BatchNorm uses the running statistics, which stay; "batch": each batch's own, and they move.
+      batch_norm: "frozen": BatchNorm uses the running statistics, which stay; "batch": each batch's own, and they move
+        (by the last batch's filling too, where torch would take a smaller batch). Not for a linearised model.
       mapping: see `default_mapping`.
       masks: one per candidate, like the trained weights: what is 0 there stays as it is.
       order: which rows make an epoch, and in which order; default: all, shuffled. `data` may so hold rows for every
@@ -106,10 +107,13 @@ def fine_tune(
       stop: looked at between two programs.
 
     Raises:
-      UserError: a setting out of range; no candidates or rows; labels that the model has no class for.
+      UserError: when the first candidate is asked for: a setting out of range; no candidates or rows; labels that the
+        model has no class for; fewer or more masks than candidates.
       Interrupted: `stop` asked for it.
     """
     _check(subject, data, candidates, optimizer, batch_size, batch_norm, mapping)
+    if masks is not None and len(masks) != len(candidates):
+        raise UserError(f"fine_tune: {len(masks)} masks for {len(candidates)} candidates; give one for each")
     order = order or shuffled(int(data.labels.shape[0]))
     rows = order(candidates[0].seed, 0).size
     size = min(batch_size, rows)
@@ -119,7 +123,7 @@ def fine_tune(
     task = Task(
         subject.net, optimizer, batch_norm == "batch",
         any(c.flip or c.crop_padding or c.operations for c in candidates), any(c.crop_padding for c in candidates),
-        max(c.operations for c in candidates), masks is not None, chosen.kind,
+        max(c.operations for c in candidates), masks is not None, any(c.l1 for c in candidates), chosen.kind,
     )  # fmt: skip
     fresh = init_state(optimizer, subject.trained, subject.fixed)
     bar = _bar(sum(updates), label, progress)
@@ -183,9 +187,11 @@ def _check(
         raise UserError("fine_tune: batch_size, and a mapping's size and steps, must be 1 or more")
     if not data.labels.shape[0]:
         raise UserError("fine_tune: there are no rows to train on")
-    largest = int(data.labels.max())
-    if largest >= len(subject.labels):
-        raise UserError(f"fine_tune: a label is {largest}, and the model has {len(subject.labels)} classes")
+    if batch_norm == "batch" and subject.net.linear:
+        raise UserError("fine_tune: a linearised model keeps its BatchNorm statistics; take batch_norm frozen")
+    for label in (int(data.labels.min()), int(data.labels.max())):
+        if not 0 <= label < len(subject.labels):
+            raise UserError(f"fine_tune: a label is {label}, and the model has {len(subject.labels)} classes")
 
 
 def _bar(total: int, label: str, show: bool) -> Any:

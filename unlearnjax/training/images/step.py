@@ -19,7 +19,7 @@ class Task(NamedTuple):
     """What is fixed for a run and known when it is compiled.
 
     crops, operations: whether any candidate crops, and RandAugment's largest N among them; augments: whether any does.
-    masked: whether gradients are multiplied by a mask.
+    masked: whether gradients are multiplied by a mask. sparse: whether any candidate has an l1 weight.
     """
 
     net: Net
@@ -29,6 +29,7 @@ class Task(NamedTuple):
     crops: bool
     operations: int
     masked: bool
+    sparse: bool
     mapping: str
 
 
@@ -81,9 +82,11 @@ def update(
         logits, moved = task.net.logits(trained, state.fixed, pixels, task.by_batch)
         rows = cross_entropy(logits, data.labels[work.rows], h.label_smoothing)
         loss = jnp.sum(rows * work.weight) / jnp.maximum(counted, 1.0)
-        magnitudes = sum((jnp.sum(jnp.abs(x)) for x in jax.tree.leaves(trained)), jnp.zeros((), jnp.float32))
-        left = 1.0 - state.updates.astype(jnp.float32) / h.total_updates
-        return h.sign * loss + h.l1 * left * magnitudes, (loss, moved)
+        value = h.sign * loss
+        if task.sparse:
+            magnitudes = sum((jnp.sum(jnp.abs(x)) for x in jax.tree.leaves(trained)), jnp.zeros((), jnp.float32))
+            value = value + h.l1 * (1.0 - state.updates.astype(jnp.float32) / h.total_updates) * magnitudes
+        return value, (loss, moved)
 
     (value, (loss, moved)), gradient = jax.value_and_grad(objective, has_aux=True)(state.trained)
     if task.masked:
