@@ -92,15 +92,16 @@ def fine_tune(
       batch_size: rows of an update; fewer where there are not as many.
       batch_norm: "frozen": BatchNorm uses the running statistics, which stay; "batch": each batch's own, and they move.
       mapping: see `default_mapping`.
-      masks: one per candidate, like the trained weights: what is 0 there stays as it is.
+      masks: one per candidate, like the trained weights, of zeros and ones: what is 0 there stays as it is.
       stop: looked at between two programs.
 
     Raises:
-      UserError: a setting out of range; no candidates or rows; labels that the model has no class for.
+      UserError: a setting out of range; no candidates or rows; labels that the model has no class for; not one mask
+        for each candidate.
       Interrupted: `stop` asked for it.
     """
     rows = int(data.labels.shape[0])
-    _check(subject, data, candidates, optimizer, batch_size, batch_norm, mapping)
+    _check(subject, data, candidates, optimizer, batch_size, batch_norm, mapping, masks)
     size = min(batch_size, rows)
     updates = [updates_of(c, rows, size) for c in candidates]
     chosen = mapping or default_mapping(subject, len(candidates))
@@ -158,7 +159,7 @@ def _finished(
 
 def _check(
     subject: Subject, data: Labelled, candidates: Sequence[ImageCandidate], optimizer: str, batch_size: int,
-    batch_norm: str, mapping: Mapping | None,
+    batch_norm: str, mapping: Mapping | None, masks: Sequence[PyTree[Array]] | None,
 ) -> None:  # fmt: skip
     if not candidates:
         raise UserError("fine_tune: there are no candidates")
@@ -170,11 +171,13 @@ def _check(
             raise UserError(f"fine_tune: {name} is {value!r}; valid: {', '.join(known)}")
     if batch_size < 1 or (mapping is not None and (mapping.size < 1 or mapping.steps < 1)):
         raise UserError("fine_tune: batch_size, and a mapping's size and steps, must be 1 or more")
+    if masks is not None and len(masks) != len(candidates):
+        raise UserError(f"fine_tune: {len(masks)} masks for {len(candidates)} candidates; give one for each")
     if not data.labels.shape[0]:
         raise UserError("fine_tune: there are no rows to train on")
-    largest = int(data.labels.max())
-    if largest >= len(subject.labels):
-        raise UserError(f"fine_tune: a label is {largest}, and the model has {len(subject.labels)} classes")
+    for label in (int(data.labels.min()), int(data.labels.max())):
+        if not 0 <= label < len(subject.labels):
+            raise UserError(f"fine_tune: a label is {label}, and the model has {len(subject.labels)} classes")
 
 
 def _bar(total: int, label: str, show: bool) -> Any:

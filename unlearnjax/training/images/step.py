@@ -39,7 +39,7 @@ class State(NamedTuple):
     moments: Any
     fixed: PyTree[Array]
     updates: Int[Array, ""]
-    alive: Bool[Array, ""]  # False from the first non-finite loss or gradient on
+    alive: Bool[Array, ""]  # False from the first update on whose loss, gradient or result was not finite
 
 
 class Work(NamedTuple):
@@ -59,7 +59,7 @@ def init_state(optimizer: str, trained: PyTree[Array], fixed: PyTree[Array]) -> 
 def cross_entropy(
     logits: Float[Array, "batch classes"], labels: Int[Array, " batch"], smoothing: Float[Array, ""]
 ) -> Float[Array, " batch"]:
-    """Each row's cross-entropy to its label, of which a share `smoothing` is spread evenly over all classes (torch's)."""
+    """Each row's cross-entropy to its label, a share `smoothing` of it spread evenly over all classes (torch's)."""
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     own = jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
     return -(1.0 - smoothing) * own - smoothing * jnp.mean(log_p, axis=-1)
@@ -86,9 +86,8 @@ def update(
 
     (value, (loss, moved)), gradient = jax.value_and_grad(objective, has_aux=True)(state.trained)
     if task.masked:
-        gradient = jax.tree.map(lambda g, m: g * m, gradient, mask)
+        gradient = jax.tree.map(jnp.multiply, gradient, mask)
     norm = global_norm(gradient)
-    finite = jnp.isfinite(norm) & jnp.isfinite(value)
     scale = jnp.where(norm > h.max_grad_norm, h.max_grad_norm / jnp.maximum(norm, 1e-12), 1.0)
     gradient = jax.tree.map(lambda g: g * scale, gradient)
     rate = learning_rate(h, state.updates)
@@ -100,8 +99,11 @@ def update(
         decayed = jax.tree.map(lambda g, p: g + h.weight_decay * p, gradient, state.trained)
         moments = step = jax.tree.map(lambda m, g: h.momentum * m + g, state.moments, decayed)
     if task.masked:
-        step = jax.tree.map(lambda s, m: s * m, step, mask)
+        step = jax.tree.map(jnp.multiply, step, mask)
     trained = jax.tree.map(lambda p, s: p - rate * s, state.trained, step)
+    # What a step leads to counts too: the next one would find it too late. (Moments are finite where these are.)
+    results = (norm, value, trained, moved if task.by_batch else ())
+    finite = functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(results)])
     took = active & finite & state.alive
     after = State(
         choose(took, trained, state.trained), choose(took, moments, state.moments), choose(took, moved, state.fixed),
@@ -113,7 +115,7 @@ def update(
 def group_update(
     task: Task, data: Labelled, states: State, work: Work, h: Settings, masks: PyTree[Array] | None
 ) -> tuple[State, Float[Array, " N"]]:
-    """`update` for a group: a leading axis N on states, work, settings and masks. One candidate's code never mentions N.
+    """`update` for a group: a leading axis N on states, work, settings, masks. One candidate's code never mentions N.
 
     Convolutions of several kernels at once become grouped ones under vmap, which a CPU does many times slower than one
     after another ("unroll").
@@ -129,7 +131,7 @@ def group_update(
 def run_steps(
     task: Task, data: Labelled, states: State, work: Work, h: Settings, masks: PyTree[Array] | None
 ) -> tuple[State, Float[Array, "steps N"]]:
-    """As many updates as `work` has on its leading axis (rows are [steps, N, batch]): one is no loop, as a CPU wants it.
+    """As many updates as `work` has on its leading axis (rows are [steps, N, batch]); one is no loop, as CPUs want it.
 
     The states' buffers are written over.
     """
