@@ -84,6 +84,18 @@ def test_paper_takes_the_negative_where_even_the_majority_cancels():
     np.testing.assert_allclose(paper_reference({"x": deltas}, 1.0)["x"], [-0.5, -1.5, 1.5])
 
 
+def test_paper_keeps_everything_where_the_threshold_is_zero():
+    """As with weights that most fine-tunes left frozen: the (d - floor(density d))-th smallest of one candidate is 0,
+    and so all of its entries stay; the others keep theirs alone."""
+    deltas = np.zeros((2, 10), np.float32)
+    deltas[0, :2], deltas[0, 9] = [1.0, -0.01], 0.5
+    deltas[1] = np.arange(10) - 5.5
+    found = merge(deltas, "ties", density=0.4)
+    np.testing.assert_allclose(found, paper_reference({"x": deltas}, 0.4)["x"], rtol=1e-6)
+    # Candidate 1 keeps floor(.4 * 10) + 1 = 5 entries, and one more that ties: all from 2.5 on.
+    np.testing.assert_allclose(found, [-5.5, -2.255, -3.5, -2.5, 0, 0, 0, 0, 2.5, 2.0], rtol=1e-6)
+
+
 def test_paper_trims_the_whole_model_and_the_others_each_tensor():
     deltas = {"large": np.array([[4.0, -3.0]], np.float32), "small": np.array([[0.2, -0.1]], np.float32)}
     paper = merge(deltas, "ties", density=0.25)  # floor(0.25 * 4) + 1 = 2 entries of the model

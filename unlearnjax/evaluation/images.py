@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
 from unlearnjax.data.labelled import Labelled
+from unlearnjax.errors import UserError
 from unlearnjax.models.vision.layers import MOMENTUM
 from unlearnjax.models.vision.net import Net
 
@@ -38,7 +39,11 @@ class Sheet(NamedTuple):
 
 
 def score(net: Net, trained: PyTree[Array], sheet: Sheet, batch: int = BATCH) -> Scored:
-    """Score all rows of a sheet."""
+    """Score all rows of a sheet.
+
+    Raises:
+      UserError: there are none.
+    """
     zero = jax.tree.map(jnp.zeros_like, trained)
     found = _points(net, trained, [zero], [0.0], sheet, batch)
     return Scored(*(x[0, 0] for x in found))
@@ -63,7 +68,12 @@ def sweep(
 
     Returns:
       For each sheet the scores with leading axes [directions, lambdas].
+
+    Raises:
+      UserError: no directions, lambdas, or rows of a sheet.
     """
+    if not directions or not lambdas:
+        raise UserError("sweep: give at least one direction and one lambda")
     together = jax.default_backend() != "cpu" if one_program is None else one_program
     run = _together if together else _points
     return {name: run(net, start, directions, lambdas, sheet, batch) for name, sheet in sheets.items()}
@@ -71,7 +81,12 @@ def sweep(
 
 def edit(start: PyTree[Array], direction: PyTree[Array], factor: float | Float[Array, ""]) -> PyTree[Array]:
     """start - factor * direction; where the product is 0 the weight is the start's, bit for bit."""
-    return jax.tree.map(lambda p, d: p - jnp.asarray(factor, p.dtype) * d, start, direction)
+
+    def one(weight: Array, change: Array) -> Array:
+        step = jnp.asarray(factor, weight.dtype) * change
+        return jnp.where(step == 0, weight, weight - step)  # -0.0 - -0.0 is 0.0
+
+    return jax.tree.map(one, start, direction)
 
 
 def _of_rows(net: Net, trained: PyTree[Array], sheet: Sheet, rows: Array) -> tuple[Array, Array]:
@@ -98,6 +113,8 @@ def _all_points(net: Net, start: PyTree, directions: PyTree, factors: Array, she
 def _rows(sheet: Sheet, batch: int) -> Array:
     """[batches, batch]: all rows in order, and the last one again until the last batch is full."""
     count = int(sheet.data.labels.shape[0])
+    if not count:
+        raise UserError("there are no rows to score")
     size = min(batch, count)
     return jnp.minimum(jnp.arange(-(-count // size) * size, dtype=jnp.int32), count - 1).reshape(-1, size)
 
@@ -130,20 +147,30 @@ def _together(
 
 def re_estimated(net: Net, trained: PyTree[Array], sheet: Sheet, batch: int = BATCH) -> PyTree[Array]:
     """`fixed` with BatchNorm's statistics measured anew for edited weights: means over the batches of `sheet` (the last
-    one, where it is not full, is left out unless it is the only one)."""
+    one, where it is not full, is left out unless it is the only one).
+
+    Raises:
+      UserError: a model without BatchNorm, or a linearised one; no rows.
+    """
     count = int(sheet.data.labels.shape[0])
     size = min(batch, count)
+    if net.linear or not sheet.fixed.get("statistics"):
+        raise UserError(
+            "re_estimated: only models with BatchNorm have statistics, and linearised ones keep their start's"
+        )
+    if not count:
+        raise UserError("re_estimated: there are no rows")
+    fixed = {**sheet.fixed, "statistics": jax.tree.map(jnp.zeros_like, sheet.fixed["statistics"])}
     total = None
     for begin in range(0, count - size + 1, size):
         own = jnp.arange(begin, begin + size, dtype=jnp.int32)
-        found = _batch_statistics(net, trained, sheet, own)
+        found = _batch_statistics(net, trained, Sheet(sheet.data, fixed), own)
         total = found if total is None else jax.tree.map(jnp.add, total, found)
-    return {**sheet.fixed, "statistics": jax.tree.map(lambda x: x / (count // size), total)}
+    return {**sheet.fixed, "statistics": jax.tree.map(lambda x: x / (MOMENTUM * (count // size)), total)}
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _batch_statistics(net: Net, trained: PyTree, sheet: Sheet, rows: Array) -> PyTree[Array]:
-    """The batch's own: what the running ones were moved towards."""
+    """The running ones, moved towards the batch's own."""
     _, moved = net.logits(trained, sheet.fixed, sheet.data.pixels[rows].astype(jnp.float32), True)
-    before = sheet.fixed["statistics"]
-    return jax.tree.map(lambda a, b: (a - (1 - MOMENTUM) * b) / MOMENTUM, moved["statistics"], before)
+    return moved["statistics"]

@@ -66,11 +66,12 @@ def subset(stacked: Any, keep: Sequence[int]) -> Any:
     return jax.tree.map(lambda x: x[chosen], stacked)
 
 
-def learning_rate(h: Hyperparameters, update: Int[Array, ""]) -> Float[Array, ""]:
+def learning_rate(h: Any, update: Int[Array, ""]) -> Float[Array, ""]:
     """The rate of update `update` (counted from 0): linear warmup, then constant, linear decay to 0, half a cosine, or
-    steps: a tenth after half of the rest and a hundredth after three quarters.
+    a tenth after half of the rest and a hundredth after three quarters.
 
-    As transformers' get_linear_schedule_with_warmup and its siblings define it, but with traced lengths.
+    As transformers' get_linear_schedule_with_warmup and its siblings define it, but with traced lengths. `h`: whatever
+    has learning_rate, warmup_updates, total_updates and schedule.
     """
     step = update.astype(jnp.float32)
     warm = jnp.where(h.warmup_updates > 0.0, jnp.minimum(step / jnp.maximum(h.warmup_updates, 1.0), 1.0), 1.0)

@@ -66,7 +66,7 @@ def test_a_recipe_for_the_other_kind_of_model(made, tmp_path):
         ({"selection": {"lambdas": []}}, "at least one"),
         ({"selection": {"lambdas": ["a"]}}, "lambdas is"),
         ({"selection": {"rule": "closer"}}, "'closer'.*closest"),
-        ({"training": {"linear": True}, "selection": {"statistics": "re-estimated"}}, "keeps its BatchNorm statistics"),
+        ({"training": {"linear": True}, "selection": {"statistics": "re-estimated"}}, "BatchNorm statistics"),
         ({"templates": ["a photo"]}, "{}"),
         ({"baselines": {"saluns": None}}, "'saluns'.*salun"),
         ({"export": "ties"}, "no merge is called so"),

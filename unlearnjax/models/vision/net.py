@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from unlearnjax.errors import UserError
@@ -15,6 +14,7 @@ from unlearnjax.models.vision.classifier import FAMILIES, Classifier, forward
 from unlearnjax.models.vision.clip import CLIP, normed
 from unlearnjax.models.vision.clip_model import ClipModel
 
+TEXTS = 256  # that are encoded at once: ImageNet's are 80 templates of 1000 classes
 IMAGE_SIDE = ("vision", "visual_projection")  # of CLIP: what sees images, and so what is edited
 
 
@@ -51,13 +51,14 @@ class Net:
             return self._forward(trained, fixed, images, by_batch)
         start = fixed["start"]
         step = jax.tree.map(lambda a, b: a - b, trained, start)
-        run = lambda weights: self._forward(weights, fixed, images, by_batch)[0]  # noqa: E731
-        at_start, change = jax.jvp(run, (start,), (step,))
-        return at_start + change, fixed
+        run = lambda weights: self._forward(weights, fixed, images, by_batch)  # noqa: E731
+        at_start, change, moved = jax.jvp(run, (start,), (step,), has_aux=True)
+        return at_start + change, moved
 
     def _forward(self, trained: PyTree[Array], fixed: PyTree[Array], images: Array, by_batch: bool) -> Any:
         if self.family == "clip":
-            found = CLIP(self.config).apply({"params": trained}, images, method="image_features")
+            weights = {**trained, "logit_scale": jnp.zeros(())}  # is in the head; the module asks for one all the same
+            found = CLIP(self.config).apply({"params": weights}, images, method="image_features")
             return jnp.einsum("bd,kd->bk", normed(found), fixed["head"]), fixed  # type: ignore[arg-type]
         logits, moved = forward(self.family, self.config, trained, fixed["statistics"], images, by_batch)
         return logits, {**fixed, "statistics": moved}
@@ -133,7 +134,8 @@ def clip_subject(model: ClipModel, labels: Sequence[str], templates: Sequence[st
         raise UserError(f"{model.source}: has no tokenizer, which the zero-shot head's texts need")
     texts = [template.format(label) for label in labels for template in templates]
     found = model.tokenizer(texts, padding=True, return_tensors="np")["input_ids"]
-    features = normed(model.text_features(np.asarray(found, np.int32)))
+    parts = [model.text_features(found[begin : begin + TEXTS]) for begin in range(0, len(texts), TEXTS)]
+    features = normed(jnp.concatenate(parts))
     mean = normed(jnp.mean(features.reshape(len(labels), len(templates), -1), axis=1))
     head = mean * jnp.exp(model.params["logit_scale"])
     net = Net("clip", model.config, model.mean, model.std)

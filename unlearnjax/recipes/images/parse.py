@@ -124,8 +124,8 @@ def _check_sections(training: ImageTraining, selection: Selection, where: str) -
         raise UserError(f"{where}: selection: lambdas must be numbers from 0 on, at least one")
     if selection.rows < 1 or selection.seed < 0:
         raise UserError(f"{where}: selection: rows must be 1 or more, and seed 0 or more")
-    if training.linear and (selection.statistics == "re-estimated" or training.batch_norm == "batch"):
-        raise UserError(f"{where}: a linearised model keeps its BatchNorm statistics: they are frozen and kept")
+    if training.linear and selection.statistics == "re-estimated":
+        raise UserError(f"{where}: a linearised model keeps its start's BatchNorm statistics; leave one of both out")
 
 
 def _candidates(raw: Mapping[str, Any], where: str) -> list[ImageCandidate]:

@@ -99,21 +99,19 @@ def fine_tune(
       optimizer: "sgd" (with momentum; torch's) or "adamw".
       batch_size: rows of an update; fewer where there are not as many.
       batch_norm: "frozen": BatchNorm uses the running statistics, which stay; "batch": each batch's own, and they move
-        (by the last batch's filling too, where torch would take a smaller batch). Not for a linearised model.
+        (by the last batch's filling too, where torch would take a smaller batch).
       mapping: see `default_mapping`.
-      masks: one per candidate, like the trained weights: what is 0 there stays as it is.
+      masks: one per candidate, like the trained weights, of zeros and ones: what is 0 there stays as it is.
       order: which rows make an epoch, and in which order; default: all, shuffled. `data` may so hold rows for every
         epoch apart, such as labels that are drawn anew.
       stop: looked at between two programs.
 
     Raises:
       UserError: when the first candidate is asked for: a setting out of range; no candidates or rows; labels that the
-        model has no class for; fewer or more masks than candidates.
+        model has no class for; not one mask for each candidate.
       Interrupted: `stop` asked for it.
     """
-    _check(subject, data, candidates, optimizer, batch_size, batch_norm, mapping)
-    if masks is not None and len(masks) != len(candidates):
-        raise UserError(f"fine_tune: {len(masks)} masks for {len(candidates)} candidates; give one for each")
+    _check(subject, data, candidates, optimizer, batch_size, batch_norm, mapping, masks)
     order = order or shuffled(int(data.labels.shape[0]))
     rows = order(candidates[0].seed, 0).size
     size = min(batch_size, rows)
@@ -125,7 +123,7 @@ def fine_tune(
         any(c.flip or c.crop_padding or c.operations for c in candidates), any(c.crop_padding for c in candidates),
         max(c.operations for c in candidates), masks is not None, any(c.l1 for c in candidates), chosen.kind,
     )  # fmt: skip
-    fresh = init_state(optimizer, subject.trained, subject.fixed)
+    fresh = init_state(optimizer, subject.trained, subject.fixed.get("statistics", {}))
     bar = _bar(sum(updates), label, progress)
     with contextlib.closing(bar), stop.polling() if stop is not None else contextlib.nullcontext():
         for begin in range(0, len(candidates), chosen.size):
@@ -138,14 +136,15 @@ def fine_tune(
             states = jax.tree.map(lambda x: jnp.stack([x] * len(places)), fresh)  # noqa: B023
             losses: list[Any] = []
             for work in _programs([candidates[i] for i in places], order, rows, size, chosen.steps):
-                states, got = run_steps(task, data, states, work, own, mask)
+                states, got = run_steps(task, data, subject.fixed, states, work, own, mask)
                 losses.append(got)
                 if len(losses) > AHEAD:
                     jax.block_until_ready(losses[-AHEAD])
                 bar.update(int((np.asarray(work.weight).sum(axis=-1) > 0).sum()))
                 if stop is not None and stop.signum:
                     raise Interrupted(stop.signum, f"after {begin} of {len(candidates)} candidates")
-            yield from _finished([candidates[i] for i in places], [updates[i] for i in places], states, losses)
+            taken = [candidates[i] for i in places], [updates[i] for i in places]
+            yield from _finished(subject, *taken, states, losses)
 
 
 def _programs(candidates: Sequence[ImageCandidate], order: Order, rows: int, size: int, steps: int) -> Iterator[Work]:
@@ -160,7 +159,7 @@ def _programs(candidates: Sequence[ImageCandidate], order: Order, rows: int, siz
 
 
 def _finished(
-    candidates: Sequence[ImageCandidate], updates: Sequence[int], states: State, losses: list[Any]
+    subject: Subject, candidates: Sequence[ImageCandidate], updates: Sequence[int], states: State, losses: list[Any]
 ) -> Iterator[Tuned]:
     states = jax.device_get(states)
     history = np.concatenate(jax.device_get(losses))
@@ -168,12 +167,13 @@ def _finished(
         state: State = index(states, i)
         own = history[: updates[i], i]
         diverged = None if state.alive else int(state.updates)
-        yield Tuned(candidate, state.trained, state.fixed, own[: None if state.alive else diverged].tolist(), diverged)
+        fixed = {name: state.statistics if name == "statistics" else x for name, x in subject.fixed.items()}
+        yield Tuned(candidate, state.trained, fixed, own[: None if state.alive else diverged].tolist(), diverged)
 
 
 def _check(
     subject: Subject, data: Labelled, candidates: Sequence[ImageCandidate], optimizer: str, batch_size: int,
-    batch_norm: str, mapping: Mapping | None,
+    batch_norm: str, mapping: Mapping | None, masks: Sequence[PyTree[Array]] | None,
 ) -> None:  # fmt: skip
     if not candidates:
         raise UserError("fine_tune: there are no candidates")
@@ -185,10 +185,10 @@ def _check(
             raise UserError(f"fine_tune: {name} is {value!r}; valid: {', '.join(known)}")
     if batch_size < 1 or (mapping is not None and (mapping.size < 1 or mapping.steps < 1)):
         raise UserError("fine_tune: batch_size, and a mapping's size and steps, must be 1 or more")
+    if masks is not None and len(masks) != len(candidates):
+        raise UserError(f"fine_tune: {len(masks)} masks for {len(candidates)} candidates; give one for each")
     if not data.labels.shape[0]:
         raise UserError("fine_tune: there are no rows to train on")
-    if batch_norm == "batch" and subject.net.linear:
-        raise UserError("fine_tune: a linearised model keeps its BatchNorm statistics; take batch_norm frozen")
     for label in (int(data.labels.min()), int(data.labels.max())):
         if not 0 <= label < len(subject.labels):
             raise UserError(f"fine_tune: a label is {label}, and the model has {len(subject.labels)} classes")

@@ -1,8 +1,9 @@
 """What may differ between candidates of an image model, as plain data and as arrays."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -78,7 +79,8 @@ def check(candidate: ImageCandidate, where: str) -> None:
     """
     c = candidate
     rules: list[tuple[str, bool, str]] = [
-        ("learning_rate", c.learning_rate > 0, "above 0"), ("weight_decay", c.weight_decay >= 0, "0 or more"),
+        ("learning_rate", 0 < c.learning_rate < math.inf, "above 0"),
+        ("weight_decay", 0 <= c.weight_decay < math.inf, "0 or more"),
         ("epochs", c.epochs >= 1, "1 or more"), ("momentum", 0 <= c.momentum < 1, "from 0 to below 1"),
         ("schedule", c.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
         ("warmup_updates", c.warmup_updates >= 0, "0 or more"),
@@ -86,7 +88,7 @@ def check(candidate: ImageCandidate, where: str) -> None:
         ("label_smoothing", 0 <= c.label_smoothing < 1, "from 0 to below 1"), ("flip", 0 <= c.flip <= 1, "from 0 to 1"),
         ("crop_padding", 0 <= c.crop_padding <= LARGEST_CROP_PADDING, f"from 0 to {LARGEST_CROP_PADDING}"),
         ("magnitude", 0 <= c.magnitude <= 10, "from 0 to 10"), ("operations", 0 <= c.operations <= 3, "from 0 to 3"),
-        ("l1", c.l1 >= 0, "0 or more"), ("seed", 0 <= c.seed < 2**31, "from 0 to 2^31 - 1"),
+        ("l1", 0 <= c.l1 < math.inf, "0 or more"), ("seed", 0 <= c.seed < 2**31, "from 0 to 2^31 - 1"),
     ]  # fmt: skip
     for name, good, allowed in rules:
         if not good:
@@ -96,19 +98,26 @@ def check(candidate: ImageCandidate, where: str) -> None:
 def stack(candidates: Sequence[ImageCandidate], updates: Sequence[int]) -> Settings:
     """All candidates' settings, a leading axis N on every leaf. `updates`: how many each will take."""
 
-    def column(name: str) -> Float[Array, " N"]:
-        return jnp.asarray([float(getattr(c, name)) for c in candidates], jnp.float32)
+    def column(values: Iterable[Any], dtype: Any = jnp.float32) -> Array:
+        return jnp.asarray(list(values), dtype)
 
-    clip = [float("inf") if c.max_grad_norm is None else c.max_grad_norm for c in candidates]
     return Settings(
-        column("learning_rate"), column("weight_decay"), column("momentum"), column("label_smoothing"),
-        jnp.asarray(clip, jnp.float32), column("warmup_updates"), jnp.asarray(updates, jnp.float32),
-        jnp.asarray([SCHEDULES.index(c.schedule) for c in candidates], jnp.int32),
-        jnp.asarray([-1.0 if c.ascend else 1.0 for c in candidates], jnp.float32), column("l1"),
-        jnp.asarray([c.seed for c in candidates], jnp.uint32),
-        Strength(
-            column("flip"), jnp.asarray([c.crop_padding for c in candidates], jnp.int32), column("magnitude"),
-            jnp.asarray([c.operations for c in candidates], jnp.int32),
-            jnp.full((len(candidates),), MAGNITUDE_STD, jnp.float32),
+        learning_rate=column(c.learning_rate for c in candidates),
+        weight_decay=column(c.weight_decay for c in candidates),
+        momentum=column(c.momentum for c in candidates),
+        label_smoothing=column(c.label_smoothing for c in candidates),
+        max_grad_norm=column(math.inf if c.max_grad_norm is None else c.max_grad_norm for c in candidates),
+        warmup_updates=column(c.warmup_updates for c in candidates),
+        total_updates=column(updates),
+        schedule=column((SCHEDULES.index(c.schedule) for c in candidates), jnp.int32),
+        sign=column(-1.0 if c.ascend else 1.0 for c in candidates),
+        l1=column(c.l1 for c in candidates),
+        seed=column((c.seed for c in candidates), jnp.uint32),
+        strength=Strength(
+            flip=column(c.flip for c in candidates),
+            crop_padding=column((c.crop_padding for c in candidates), jnp.int32),
+            magnitude=column(c.magnitude for c in candidates),
+            operations=column((c.operations for c in candidates), jnp.int32),
+            magnitude_std=column(MAGNITUDE_STD for _ in candidates),
         ),
-    )  # fmt: skip
+    )

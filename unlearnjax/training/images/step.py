@@ -38,9 +38,9 @@ class State(NamedTuple):
 
     trained: PyTree[Array]
     moments: Any
-    fixed: PyTree[Array]
+    statistics: PyTree[Array]  # BatchNorm's; empty where there are none
     updates: Int[Array, ""]
-    alive: Bool[Array, ""]  # False from the first non-finite loss or gradient on
+    alive: Bool[Array, ""]  # False from the first update on whose loss, gradient or result was not finite
 
 
 class Work(NamedTuple):
@@ -50,26 +50,27 @@ class Work(NamedTuple):
     weight: Float[Array, " batch"]
 
 
-def init_state(optimizer: str, trained: PyTree[Array], fixed: PyTree[Array]) -> State:
+def init_state(optimizer: str, trained: PyTree[Array], statistics: PyTree[Array]) -> State:
     """A candidate before its first update."""
     with jax.numpy_dtype_promotion("standard"):
         moments = ADAM.init(trained) if optimizer == "adamw" else jax.tree.map(jnp.zeros_like, trained)
-    return State(trained, moments, fixed, jnp.zeros((), jnp.int32), jnp.ones((), jnp.bool_))
+    return State(trained, moments, statistics, jnp.zeros((), jnp.int32), jnp.ones((), jnp.bool_))
 
 
 def cross_entropy(
     logits: Float[Array, "batch classes"], labels: Int[Array, " batch"], smoothing: Float[Array, ""]
 ) -> Float[Array, " batch"]:
-    """Each row's cross-entropy to its label, of which a share `smoothing` is spread over all classes (torch's)."""
+    """Each row's cross-entropy to its label, a share `smoothing` of it spread evenly over all classes (torch's)."""
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     own = jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
     return -(1.0 - smoothing) * own - smoothing * jnp.mean(log_p, axis=-1)
 
 
 def update(
-    task: Task, data: Labelled, state: State, work: Work, h: Settings, mask: PyTree[Array] | None
+    task: Task, data: Labelled, fixed: PyTree[Array], state: State, work: Work, h: Settings, mask: PyTree[Array] | None
 ) -> tuple[State, Float[Array, ""]]:
     """One candidate's update, and its loss before it (nan where it took none)."""
+    fixed = {**fixed, "statistics": state.statistics}
     pixels = data.pixels[work.rows].astype(jnp.float32)
     if task.augments:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(2), h.seed), state.updates)
@@ -79,23 +80,22 @@ def update(
     active = counted > 0
 
     def objective(trained: PyTree[Array]) -> tuple[Float[Array, ""], tuple[Float[Array, ""], PyTree[Array]]]:
-        logits, moved = task.net.logits(trained, state.fixed, pixels, task.by_batch)
+        logits, moved = task.net.logits(trained, fixed, pixels, task.by_batch)
         rows = cross_entropy(logits, data.labels[work.rows], h.label_smoothing)
         loss = jnp.sum(rows * work.weight) / jnp.maximum(counted, 1.0)
         value = h.sign * loss
         if task.sparse:
             magnitudes = sum((jnp.sum(jnp.abs(x)) for x in jax.tree.leaves(trained)), jnp.zeros((), jnp.float32))
             value = value + h.l1 * (1.0 - state.updates.astype(jnp.float32) / h.total_updates) * magnitudes
-        return value, (loss, moved)
+        return value, (loss, moved["statistics"])
 
     (value, (loss, moved)), gradient = jax.value_and_grad(objective, has_aux=True)(state.trained)
     if task.masked:
-        gradient = jax.tree.map(lambda g, m: g * m, gradient, mask)
+        gradient = jax.tree.map(jnp.multiply, gradient, mask)
     norm = global_norm(gradient)
-    finite = jnp.isfinite(norm) & jnp.isfinite(value)
     scale = jnp.where(norm > h.max_grad_norm, h.max_grad_norm / jnp.maximum(norm, 1e-12), 1.0)
     gradient = jax.tree.map(lambda g: g * scale, gradient)
-    rate = learning_rate(h, state.updates)  # type: ignore[arg-type]  # the fields that it reads are there
+    rate = learning_rate(h, state.updates)
     if task.optimizer == "adamw":  # torch's AdamW: decoupled decay
         with jax.numpy_dtype_promotion("standard"):
             direction, moments = ADAM.update(gradient, state.moments)
@@ -104,40 +104,55 @@ def update(
         decayed = jax.tree.map(lambda g, p: g + h.weight_decay * p, gradient, state.trained)
         moments = step = jax.tree.map(lambda m, g: h.momentum * m + g, state.moments, decayed)
     if task.masked:
-        step = jax.tree.map(lambda s, m: s * m, step, mask)
+        step = jax.tree.map(jnp.multiply, step, mask)
     trained = jax.tree.map(lambda p, s: p - rate * s, state.trained, step)
+    # What a step leads to counts too: the next one would find it too late. (Moments are finite where these are.)
+    results = (norm, value, trained, moved if task.by_batch else ())
+    finite = functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(results)])
     took = active & finite & state.alive
     after = State(
-        choose(took, trained, state.trained), choose(took, moments, state.moments), choose(took, moved, state.fixed),
-        state.updates + took.astype(jnp.int32), state.alive & (finite | ~active),
+        choose(took, trained, state.trained), choose(took, moments, state.moments),
+        choose(took, moved, state.statistics), state.updates + took.astype(jnp.int32), state.alive & (finite | ~active),
     )  # fmt: skip
     return after, jnp.where(active & state.alive, loss, jnp.nan)
 
 
 def group_update(
-    task: Task, data: Labelled, states: State, work: Work, h: Settings, masks: PyTree[Array] | None
+    task: Task,
+    data: Labelled,
+    fixed: PyTree[Array],
+    states: State,
+    work: Work,
+    h: Settings,
+    masks: PyTree[Array] | None,
 ) -> tuple[State, Float[Array, " N"]]:
-    """`update` for a group: a leading axis N on states, work, settings and masks.
+    """`update` for a group: a leading axis N on states, work, settings, masks. One candidate's code never mentions N.
 
     Convolutions of several kernels at once become grouped ones under vmap, which a CPU does many times slower than one
     after another ("unroll").
     """
-    one = functools.partial(update, task, data)
+    one = functools.partial(update, task, data, fixed)
     if task.mapping == "vmap":
         return jax.vmap(one)(states, work, h, masks)
     each = [one(*(index(x, i) for x in (states, work, h, masks))) for i in range(work.rows.shape[0])]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def run_steps(
-    task: Task, data: Labelled, states: State, work: Work, h: Settings, masks: PyTree[Array] | None
+    task: Task,
+    data: Labelled,
+    fixed: PyTree[Array],
+    states: State,
+    work: Work,
+    h: Settings,
+    masks: PyTree[Array] | None,
 ) -> tuple[State, Float[Array, "steps N"]]:
-    """As many updates as `work` has on its leading axis (rows are [steps, N, batch]); one is no loop, for CPUs.
+    """As many updates as `work` has on its leading axis (rows are [steps, N, batch]); one is no loop, as CPUs want it.
 
     The states' buffers are written over.
     """
     if work.rows.shape[0] == 1:
-        states, losses = group_update(task, data, states, index(work, 0), h, masks)
+        states, losses = group_update(task, data, fixed, states, index(work, 0), h, masks)
         return states, losses[None]
-    return jax.lax.scan(lambda s, w: group_update(task, data, s, w, h, masks), states, work)
+    return jax.lax.scan(lambda s, w: group_update(task, data, fixed, s, w, h, masks), states, work)
