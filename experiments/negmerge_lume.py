@@ -79,7 +79,8 @@ def main() -> None:
             reports[name] = read_report(out / name)
             continue
         title = f"{recipe.name} on LUME's validation split (small)"
-        reports[name] = run(base, sources, out / name, recipe, gold=gold, command=command, title=title, resume=a.resume)
+        resume = a.resume and (out / name).exists()
+        reports[name] = run(base, sources, out / name, recipe, gold=gold, command=command, title=title, resume=resume)
     save_results(reports, Path(a.results))
     models = together(reports)
     print(render_markdown_table({"models": models}))
