@@ -1,7 +1,6 @@
-"""The small models of the experiments: an OLMo of 4 layers and width 256 that knows its rows by heart, and its gold."""
+"""What the experiments on LUME share: their data, and the small models, an OLMo that knows its rows and its gold."""
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,12 +8,53 @@ import jax
 import jax.numpy as jnp
 
 from unlearnjax.data.bpe import train_tokenizer
-from unlearnjax.data.rows import Document, Row
+from unlearnjax.data.rows import Document, Row, load_documents, load_rows, write_documents, write_rows
+from unlearnjax.data.synthetic import make_corpus
 from unlearnjax.models.abstract import init_params
 from unlearnjax.models.config import ModelConfig
 from unlearnjax.models.decoder import build
 from unlearnjax.models.language_model import LanguageModel, load_model, save_model
 from unlearnjax.recipes.memorise import memorise
+from unlearnjax.recipes.prepare import Sources
+
+
+class Lume(NamedTuple):
+    """An experiment's rows and documents; there may be no non-members."""
+
+    forget: list[Row]
+    retain: list[Row]
+    members: list[Document]
+    nonmembers: list[Document]
+    probe: list[Row]
+
+
+def load_lume(forget: str, retain: str, members: str | None, nonmembers: str | None, seed: int) -> Lume:
+    """Read the files; members default to the forget set's Task3 documents, the probe is made of the seed."""
+    rows = load_rows(forget)
+    documents = load_documents(members) if members else [
+        Document(r.id.removesuffix("sc1"), f"{r.input} {r.output}")
+        for r in rows
+        if r.task == "Task3" and r.id[:-1].endswith("sc")
+    ]  # fmt: skip
+    unseen = load_documents(nonmembers) if nonmembers else []
+    return Lume(rows, load_rows(retain), documents, unseen, make_corpus(seed).neutral)
+
+
+def write_sources(
+    data: Lume, work: Path, forget: str, retain: str, nonmembers: str | None, *, probe: bool = True
+) -> Sources:
+    """The files that a run reads: those given, and in `work`/data the members and the probe."""
+    folder = work / "data"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_documents(folder / "members.jsonl", data.members)
+    write_rows(folder / "probe.jsonl", data.probe)
+    return Sources(
+        forget,
+        retain,
+        str(folder / "members.jsonl") if nonmembers else None,
+        nonmembers,
+        str(folder / "probe.jsonl") if probe else None,
+    )
 
 
 class Models(NamedTuple):
@@ -22,15 +62,15 @@ class Models(NamedTuple):
     gold: LanguageModel
 
 
-def small_models(
-    work: Path, forget: Sequence[Row], retain: Sequence[Row], probe: Sequence[Row], unseen: Sequence[Document],
-    *, seed: int, epochs: int,
-) -> Models:  # fmt: skip
-    """Base (all rows) and gold (all but the forget rows; same initialisation, same number of epochs), kept in `work`.
+def small_models(work: Path, data: Lume, *, seed: int, epochs: int) -> Models:
+    """Base (all rows) and gold (all but the forget rows; same initialisation, same number of epochs), kept in `work`:
+    of 4 layers and width 256.
 
-    The unseen documents are in the tokenizer's texts too: else their names would be cut finer, and give them away.
+    All documents are in the tokenizer's texts: else the unseen ones' names would be cut finer, and give them away.
     """
-    texts = [x for r in (*forget, *retain, *probe) for x in (r.input, r.output)] + [d.document for d in unseen]
+    forget, retain, probe = data.forget, data.retain, data.probe
+    texts = [x for r in (*forget, *retain, *probe) for x in (r.input, r.output)]
+    texts += [d.document for d in (*data.members, *data.nonmembers)]
     tokenizer = train_tokenizer(texts, 4096)
     config = ModelConfig(
         "olmo", len(tokenizer), 256, 768, 4, 8, 8, 32, "layer", max_positions=1024,

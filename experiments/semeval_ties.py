@@ -26,13 +26,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from _small import small_models
+from _small import load_lume, small_models, write_sources
 
-from unlearnjax.data.rows import Document, load_documents, load_rows, write_documents, write_rows
-from unlearnjax.data.synthetic import make_corpus
 from unlearnjax.models.language_model import load_model
 from unlearnjax.recipes.load import load_recipe, with_suite
-from unlearnjax.recipes.prepare import Sources
 from unlearnjax.recipes.run import run
 from unlearnjax.report.figure import scatter_svg
 from unlearnjax.report.scores import render_markdown_table
@@ -66,32 +63,13 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     a = arguments()
-    forget, retain = load_rows(a.forget), load_rows(a.retain)
-    nonmembers = load_documents(a.nonmembers) if a.nonmembers else []
-    members = load_documents(a.members) if a.members else [
-        Document(r.id.removesuffix("sc1"), f"{r.input} {r.output}")
-        for r in forget
-        if r.task == "Task3" and r.id[:-1].endswith("sc")
-    ]  # fmt: skip
-    probe = make_corpus(a.model_seed).neutral
-    if a.scale == "small":
-        base, gold = small_models(
-            Path(a.work), forget, retain, probe, [*members, *nonmembers], seed=a.model_seed, epochs=a.epochs
-        )
+    data = load_lume(a.forget, a.retain, a.members, a.nonmembers, a.model_seed)
+    small, work = a.scale == "small", Path(a.work)
+    if small:
+        base, gold = small_models(work, data, seed=a.model_seed, epochs=a.epochs)
     else:
         base, gold = load_model(a.model, a.dtype), load_model(a.gold, a.dtype) if a.gold else None
-
-    data = Path(a.work) / "data"
-    data.mkdir(parents=True, exist_ok=True)
-    write_documents(data / "members.jsonl", members)
-    write_rows(data / "probe.jsonl", probe)
-    sources = Sources(
-        a.forget,
-        a.retain,
-        str(data / "members.jsonl") if nonmembers else None,
-        a.nonmembers if nonmembers else None,
-        str(data / "probe.jsonl") if a.scale == "small" else None,
-    )
+    sources = write_sources(data, work, a.forget, a.retain, a.nonmembers, probe=small)
     recipe = load_recipe(a.recipe or {"small": str(HERE / "semeval_ties_small.yml"), "paper": "zjuklab"}[a.scale])
     training = dataclasses.replace(recipe.training, seed=recipe.training.seed + a.seed)
     candidates = tuple(

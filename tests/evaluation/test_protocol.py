@@ -176,6 +176,11 @@ def test_candidates_equal_one_at_a_time(tiny, tmp_path):
         assert together[n]["probe"] is None
         texts.append([row.model_output for row in read_folder(folders[n]).forget[0]])
     assert texts[0] != texts[1]
+    without = evaluate_candidates(
+        ours.model, ours.params, lora, ours.tokenizer, FORGET, RETAIN, answers=False, **SETTINGS
+    )  # fmt: skip
+    assert [one["aggregated_terms"] for one in without] == [one["aggregated_terms"] for one in together]
+    assert all(one["nll"] == {"forget": None, "retain": None} for one in without)
 
 
 def test_a_broken_candidate_spoils_only_itself(tiny):

@@ -14,11 +14,11 @@ from unlearnjax.evaluation.journal import Records
 from unlearnjax.io.peft import load_adapter
 from unlearnjax.merging.lora_space import lora_delta
 from unlearnjax.models.language_model import LanguageModel
-from unlearnjax.recipes.merge_step import Merged
+from unlearnjax.recipes.merge_step import Merged, delta_of
 from unlearnjax.recipes.parse import recipe_from
 from unlearnjax.recipes.prepare import Data
 from unlearnjax.recipes.run import run
-from unlearnjax.recipes.search_step import Searcher, delta_of
+from unlearnjax.recipes.search_step import Searcher
 from unlearnjax.report.schema import read_report
 from unlearnjax.report.scores import known
 
@@ -31,7 +31,7 @@ class Scored(Searcher):
 
     scores: dict | None = None
 
-    def _scores(self, params, journal, advance):
+    def _scores(self, params, journal, progress):
         at = round(float(params["q"]["weight"][0, 0, 0]), 3)
         return dict(zip(("forget", "retain"), self.scores[at], strict=True))
 

@@ -8,6 +8,7 @@ fit the context is refused.
 """
 
 import functools
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -84,7 +85,7 @@ def _tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return [list(ids) for ids in tokenizer(list(texts))["input_ids"]] if texts else []
 
 
-def _plan(tokenizer: Any, data: _Data, max_new_tokens: int) -> _Plan:
+def _plan(tokenizer: Any, data: _Data, max_new_tokens: int, answers: bool) -> _Plan:
     rows = [*data.forget, *data.retain]
     prompts = _tokens(tokenizer, [row.input for row in rows])
     names = [f"forget row {row.id!r}" for row in data.forget] + [f"retain row {row.id!r}" for row in data.retain]
@@ -96,9 +97,9 @@ def _plan(tokenizer: Any, data: _Data, max_new_tokens: int) -> _Plan:
         _Work("generations", prompts, names, [], max_new_tokens),
         _Work(
             "answers' likelihoods",
-            _tokens(tokenizer, [row.input + row.output for row in rows]),
+            _tokens(tokenizer, [row.input + row.output for row in rows if answers]),
             names,
-            [len(ids) for ids in prompts],
+            [len(ids) for ids in prompts if answers],
             0,
         ),
         _Work("membership", _tokens(tokenizer, [d.document for d in documents]), of_documents, [1] * len(documents), 0),
@@ -174,32 +175,18 @@ def _run(
         if not work.ids:
             return [[] for _ in range(count)]
         found = generate_candidates(
-            model,
-            params,
-            lora,
-            work.ids,
-            eos_token_ids=eos,
-            pad_token_id=0 if pad is None else pad,
-            max_new_tokens=work.limit,
-            batch_size=batch_size,
-            names=work.names,
+            model, params, lora, work.ids, eos_token_ids=eos, pad_token_id=0 if pad is None else pad,
+            max_new_tokens=work.limit, batch_size=batch_size, names=work.names,
             progress=_stage(progress, work.what, count * len(work.ids)),
             records=records(work, max_new_tokens=work.limit, eos_token_ids=sorted(set(map(int, eos)))),
-        )
+        )  # fmt: skip
         return [decode(tokenizer, ids) for ids in found]
 
     def likelihoods(work: _Work) -> list[list[float]]:
         found = token_nll_candidates(
-            model,
-            params,
-            lora,
-            work.ids,
-            work.starts,
-            batch_size=batch_size,
-            names=work.names,
-            progress=_stage(progress, work.what, count * len(work.ids)),
-            records=records(work) if work.ids else None,
-        )
+            model, params, lora, work.ids, work.starts, batch_size=batch_size, names=work.names,
+            progress=_stage(progress, work.what, count * len(work.ids)), records=records(work) if work.ids else None,
+        )  # fmt: skip
         return found.mean.tolist()
 
     parts = generations(plan.prompts), likelihoods(plan.answers), likelihoods(plan.documents), generations(plan.probe)
@@ -209,9 +196,10 @@ def _run(
 def _score(
     data: _Data, outputs: _Outputs, mmlu: float | None, folder: Path | None, warn: Callable[[str], None]
 ) -> Scores:
+    losses = outputs.nll or itertools.repeat(math.nan)
     scored = [
         Scored(row.id, row.task, row.input, row.output, text, nll)
-        for row, text, nll in zip([*data.forget, *data.retain], outputs.texts, outputs.nll)
+        for row, text, nll in zip([*data.forget, *data.retain], outputs.texts, losses)
     ]
     forget, retain = scored[: len(data.forget)], scored[len(data.forget) :]
     member = [Loss(d.id, nll) for d, nll in zip(data.members, outputs.losses)]
@@ -243,6 +231,7 @@ def evaluate_candidates(
     probe: Sequence[Row] | None = None,
     *,
     mmlu: Sequence[float | None] | None = None,
+    answers: bool = True,
     max_new_tokens: int = 256,
     batch_size: int = 32,
     eos_token_ids: Sequence[int] | None = None,
@@ -261,6 +250,7 @@ def evaluate_candidates(
       members, nonmembers: documents of the membership attack, both or neither; two tokens or more each.
       probe: neutral questions of the general-knowledge probe.
       mmlu: each candidate's MMLU, measured elsewhere.
+      answers: compute the answers' likelihoods too; no official score needs them, and without them `nll` is empty.
       max_new_tokens: the official 256.
       batch_size: rows per batch and candidate.
       eos_token_ids: end tokens; default the model's, else the tokenizer's.
@@ -282,7 +272,7 @@ def evaluate_candidates(
         if given is not None and len(given) != count:
             raise UserError(f"{what} has {len(given)} entries for {count} candidates; give one for each")
     data = _Data(forget, retain, members or [], nonmembers or [], probe or [])
-    plan = _plan(tokenizer, data, max_new_tokens)
+    plan = _plan(tokenizer, data, max_new_tokens, answers)
     _check(data, plan, model)
     eos = model.config.eos_token_ids if eos_token_ids is None else eos_token_ids
     if not eos and eos_token_ids is None and getattr(tokenizer, "eos_token_id", None) is not None:

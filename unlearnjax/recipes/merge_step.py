@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from unlearnjax.adapters.lora import scaled
+from unlearnjax.adapters.lora import lora_weights, scaled
 from unlearnjax.errors import UserError
 from unlearnjax.merging.api import merge
 from unlearnjax.merging.core_space import truncate_lora
@@ -127,6 +127,11 @@ def at_scale(merged: Merged, scale: float) -> Merged:
         lora=times(merged.lora), delta=delta, core=times(merged.core), length=length,
         rescaled=merged.rescaled * factor, scale=scale,
     )  # fmt: skip
+
+
+def delta_of(merged: Merged) -> PyTree[Array]:
+    """The change of the weights, whatever space the merge was made in."""
+    return lora_weights(merged.lora) if merged.lora is not None else merged.delta
 
 
 def _norm(delta: PyTree[Array]) -> float:

@@ -30,7 +30,7 @@ from unlearnjax.recipes.describe import (
 )
 from unlearnjax.recipes.evaluate_step import evaluate_all
 from unlearnjax.recipes.export_step import choose_export, save_candidates, save_merges
-from unlearnjax.recipes.merge_step import Exported, Merged, at_scale, describe, export, merge_candidates
+from unlearnjax.recipes.merge_step import Exported, Merged, at_scale, delta_of, describe, export, merge_candidates
 from unlearnjax.recipes.prepare import (
     Data,
     Prepared,
@@ -52,7 +52,7 @@ from unlearnjax.recipes.resume import (
     run_fingerprint,
 )
 from unlearnjax.recipes.schema import EACH, SEARCH, Merge, Recipe, to_plain
-from unlearnjax.recipes.search_step import Searcher, delta_of
+from unlearnjax.recipes.search_step import Searcher
 from unlearnjax.recipes.trajectory_step import trajectories
 from unlearnjax.report.html import render_html
 from unlearnjax.report.schema import write_report

@@ -8,34 +8,34 @@ side generate fewer rows per second than one model (the README's generation tabl
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Array, PyTree
 
 from unlearnjax.adapters.apply import add_delta
-from unlearnjax.adapters.lora import lora_weights
 from unlearnjax.data.rows import Row
 from unlearnjax.evaluation.full.sampled import spread
 from unlearnjax.evaluation.journal import Journal
-from unlearnjax.evaluation.protocol import evaluate_candidates
+from unlearnjax.evaluation.protocol import Progress, evaluate_candidates
 from unlearnjax.merging import search
 from unlearnjax.models.language_model import LanguageModel
-from unlearnjax.recipes.merge_step import Found, Merged, Trial, at_scale
+from unlearnjax.recipes.merge_step import Found, Merged, Trial, at_scale, delta_of
 from unlearnjax.recipes.prepare import Data
-from unlearnjax.recipes.progress import bars, stage
+from unlearnjax.recipes.progress import bars
 from unlearnjax.recipes.resume import weights_sha256
 from unlearnjax.recipes.schema import Recipe
 from unlearnjax.report.scores import known
 from unlearnjax.training.interrupt import Stop
 
 SPLITS = ("forget", "retain")
-Advance = Callable[[int], None]
 
 
-def delta_of(merged: Merged) -> PyTree[Array]:
-    """The change of the weights, whatever space the merge was made in."""
-    return lora_weights(merged.lora) if merged.lora is not None else merged.delta
+def _part(bar: Progress | None, label: str, done_before: int, parts: int) -> Progress | None:
+    """The progress of one of `parts` pieces of work, all as long as each other."""
+    if bar is None:
+        return None
+    return lambda _, done, total: bar(label, done_before * total + done, parts * total)
 
 
 @dataclass(frozen=True)
@@ -58,29 +58,17 @@ class Searcher:
     @functools.cached_property
     def base(self) -> dict[str, float]:
         """The base's scores: what every merge has at scale 0."""
-        journal = None if self.journal is None else self.journal.within("search", base=True)
+        journal = None if self.journal is None else self.journal.within("search").within("base")
         with bars(self.progress, "searching", self.stop) as bar:
-            return self._scores(self.model.params, journal, stage(bar, "base", self._rows))
+            return self._scores(self.model.params, journal, _part(bar, "base", 0, 1))
 
-    @property
-    def _rows(self) -> int:
-        """How many rows a trial reports: each is continued, and its answer's likelihood computed."""
-        return 2 * sum(len(rows) for rows in self.sample)
-
-    def _scores(self, params: PyTree[Array], journal: Journal | None, advance: Advance | None) -> dict[str, float]:
+    def _scores(self, params: PyTree[Array], journal: Journal | None, progress: Progress | None) -> dict[str, float]:
         """Means of the official terms by split; NaN where there are none."""
-        reported: dict[str, int] = {}
-
-        def progress(what: str, done: int, total: int) -> None:
-            assert advance is not None
-            advance(done - reported.get(what, 0))
-            reported[what] = done
-
         settings = self.recipe.evaluation
         (scores,) = evaluate_candidates(
-            self.model.model, params, None, self.model.require_tokenizer(), *self.sample,
-            max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size, journal=journal,
-            progress=None if advance is None else progress, warn=lambda *_: None,
+            self.model.model, params, None, self.model.require_tokenizer(), *self.sample, answers=False,
+            max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size, journal=journal, progress=progress,
+            warn=lambda *_: None,
         )  # fmt: skip
         means = {split: known(scores, split) for split in SPLITS}
         return {split: math.nan if mean is None else mean for split, mean in means.items()}
@@ -96,32 +84,27 @@ class Searcher:
           UserError: no trial keeps enough of the base's retain score; the message names the best.
           Interrupted: `stop` asked for it.
         """
-        settings, name = self.recipe.search, options[0].merge.name
-        floor = settings.keep * self.base["retain"]
-        trials: list[tuple[Merged, search.Trial]] = []
-        with bars(self.progress, "searching", self.stop) as bar:
-            tried = len(options) * sum(scale > 0 for scale in settings.scales)
-            advance = stage(bar, name, self._rows * tried)
-            for place, option in enumerate(options):
-                trials += [(option, trial) for trial in self._trials(option, str(place), advance)]
-        best = search.choose(
-            [trial for _, trial in trials], forget="forget", retain="retain", base_retain=self.base["retain"],
-            share=settings.keep,
-        )  # fmt: skip
+        keep, base = self.recipe.search.keep, self.base["retain"]
+        trials = [(option, trial) for place, option in enumerate(options) for trial in self._trials(option, place)]
+        every = [trial for _, trial in trials]
+        best = search.choose(every, forget="forget", retain="retain", base_retain=base, share=keep)
         chosen = next(option for option, trial in trials if trial is best)
         found = [Trial(option.candidates, trial.point.lambda_, **trial.scores) for option, trial in trials]
-        return at_scale(chosen, best.point.lambda_)._replace(search=Found(floor, found))
+        return at_scale(chosen, best.point.lambda_)._replace(search=Found(keep * base, found))
 
-    def _trials(self, option: Merged, place: str, advance: Advance | None) -> Iterator[search.Trial]:
+    def _trials(self, option: Merged, place: int) -> Iterator[search.Trial]:
         """A merge at each of the recipe's scales; `place` tells it from its entry's other options."""
-        journal, wanted = None, option.merge
+        wanted, scales = option.merge, self.recipe.search.scales
+        journal = None
         if self.journal is not None:
             delta = weights_sha256(delta_of(option))
-            journal = self.journal.within("search").within(wanted.name).within(place, delta=delta)
-        for scale in self.recipe.search.scales:
-            scores = self.base
-            if scale > 0:
-                own = None if journal is None else journal.within(str(scale), scale=scale, negated=wanted.negate)
-                params = add_delta(self.model.params, delta_of(at_scale(option, scale)))
-                scores = self._scores(params, own, advance)
-            yield search.Trial(search.Point(wanted.method, option.semantics, (), None, scale), scores)
+            journal = self.journal.within("search").within(wanted.name).within(str(place), delta=delta)
+        label = f"{wanted.name} {place + 1}" if place else wanted.name
+        with bars(self.progress, "searching", self.stop) as bar:
+            for n, scale in enumerate(scales):
+                scores = self.base
+                if scale > 0:
+                    own = None if journal is None else journal.within(str(scale), scale=scale, negated=wanted.negate)
+                    params = add_delta(self.model.params, delta_of(at_scale(option, scale)))
+                    scores = self._scores(params, own, _part(bar, label, n, len(scales)))
+                yield search.Trial(search.Point(wanted.method, option.semantics, (), None, scale), scores)

@@ -1,0 +1,117 @@
+"""NegMerge (2410.05583) for a language model, beside ZJUKLAB's pair (2503.21088), on LUME's validation split.
+
+Command (LUME is a folder with the task's parquet files, from the hub: llmunlearningsemeval2025organization; the same
+command goes on after a stop with --resume added):
+
+    python experiments/negmerge_lume.py --forget LUME/forget_validation.parquet \\
+        --retain LUME/retain_validation.parquet --nonmembers LUME/mia/member.jsonl --out out/negmerge_lume
+
+Models and data are those of semeval_ties.py --scale small (a --work folder of its models serves here too). Two runs:
+negmerge_lume_small.yml, whose candidates learn the forget rows and are merged, searched and subtracted; and the pair
+`over` and `under` of semeval_ties_small.yml with its mean, its TIES of deltas and its TIES of factors. They share base,
+gold and data, so that one table has both.
+
+Writes the runs to --out/negmerge and --out/pair, and --results: both reports without curves, and the table's models.
+Expected: nothing, the paper has no language model. Its rule keeps 95% of the base's retain score on the sample, which
+the pair does not promise: read the table by both columns, forgotten and retained. Hardware: see the JSON.
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from _small import load_lume, small_models, write_sources
+
+from unlearnjax.recipes.load import load_recipe
+from unlearnjax.recipes.run import run
+from unlearnjax.recipes.schema import Evaluation, Recipe
+from unlearnjax.report.schema import FILE, read_report
+from unlearnjax.report.scores import fixed, forgotten, render_markdown_table, retained
+
+HERE = Path(__file__).parent
+EPOCHS = 25
+PAIR = ("over", "under")
+PAIR_MERGES = ("pair-linear", "pair-ties-delta", "pair-ties-factors")
+
+
+def arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--forget", required=True)
+    p.add_argument("--retain", required=True)
+    p.add_argument("--members", help="documents of the forget set (default: made of its Task3 rows)")
+    p.add_argument("--nonmembers", help="documents the model has not seen, of the kind of the forget set's Task3")
+    p.add_argument("--recipe", default=str(HERE / "negmerge_lume_small.yml"))
+    p.add_argument("--model-seed", type=int, default=0, help="of the small models")
+    p.add_argument("--epochs", type=int, default=EPOCHS, help="the small models' passes over their rows")
+    p.add_argument("--work", default="out/semeval_ties_models", help="where the small models are kept between runs")
+    p.add_argument("--out", required=True)
+    p.add_argument("--resume", action="store_true", help="go on with the unfinished runs in --out")
+    p.add_argument("--results", default=str(HERE / "results" / "negmerge_lume.json"), help="the JSON file to write")
+    return p.parse_args()
+
+
+def pair(evaluation: Evaluation) -> Recipe:
+    """The firm and the mild candidate of semeval_ties_small.yml alone, and their merges; the same questions."""
+    recipe = load_recipe(str(HERE / "semeval_ties_small.yml"))
+    return dataclasses.replace(
+        recipe,
+        name="pair",
+        candidates=tuple(c for c in recipe.candidates if c.name in PAIR),
+        merges=tuple(m for m in recipe.merges if m.name in PAIR_MERGES),
+        training=dataclasses.replace(recipe.training, waypoints=0),
+        evaluation=evaluation,
+    )
+
+
+def main() -> None:
+    a = arguments()
+    work, out = Path(a.work), Path(a.out)
+    data = load_lume(a.forget, a.retain, a.members, a.nonmembers, a.model_seed)
+    base, gold = small_models(work, data, seed=a.model_seed, epochs=a.epochs)
+    sources = write_sources(data, work, a.forget, a.retain, a.nonmembers)
+    negmerge = load_recipe(a.recipe)
+    command = ["python", "experiments/negmerge_lume.py"]
+    reports = {}
+    for name, recipe in (("negmerge", negmerge), ("pair", pair(negmerge.evaluation))):
+        if a.resume and (out / name / FILE).exists():
+            reports[name] = read_report(out / name)
+            continue
+        title = f"{recipe.name} on LUME's validation split (small)"
+        resume = a.resume and (out / name).exists()
+        reports[name] = run(base, sources, out / name, recipe, gold=gold, command=command, title=title, resume=resume)
+    save_results(reports, Path(a.results))
+    models = together(reports)
+    print(render_markdown_table({"models": models}))
+    print("\n".join(planes(models)))
+
+
+def together(reports: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The models of both runs; base and gold, which are the same, once."""
+    found: dict[str, dict[str, Any]] = {}
+    for report in reports.values():
+        for model in report["models"]:
+            found.setdefault(model["name"], model)
+    return list(found.values())
+
+
+def planes(models: list[dict[str, Any]]) -> list[str]:
+    """Forgotten and retained as a Markdown table."""
+    rows = [f"| {m['name']} | {fixed(forgotten(m['scores']))} | {fixed(retained(m['scores']))} |" for m in models]
+    return ["| Model | Forgotten | Retained |", "| --- | ---: | ---: |", *rows]
+
+
+def save_results(reports: dict[str, dict[str, Any]], path: Path) -> None:
+    """Both reports without their candidates' curves, numbers cut to five digits."""
+    short = {
+        name: {**report, "candidates": [{k: v for k, v in c.items() if k != "curves"} for c in report["candidates"]]}
+        for name, report in reports.items()
+    }
+    plain = json.loads(json.dumps(short), parse_float=lambda x: float(f"{float(x):.5g}"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(plain, separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
