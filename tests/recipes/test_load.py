@@ -6,7 +6,7 @@ import pytest
 
 from unlearnjax.errors import UserError
 from unlearnjax.merging.search import LAMBDAS
-from unlearnjax.recipes.load import load_recipe, names
+from unlearnjax.recipes.load import load_image_recipe, load_recipe, names
 from unlearnjax.recipes.parse import recipe_from
 from unlearnjax.recipes.schema import to_plain
 
@@ -23,7 +23,9 @@ def test_every_recipe_that_ships_loads_and_reads_back():
 
 def test_the_experiments_recipes_load():
     folder = Path(__file__).parents[2] / "experiments"
-    assert {load_recipe(str(f)).name for f in folder.glob("*.yml")} >= {"semeval-ties-small"}
+    files = {f: "kind: images" in f.read_text("utf-8") for f in folder.glob("*.yml")}
+    assert {load_recipe(str(f)).name for f, images in files.items() if not images} >= {"semeval-ties-small"}
+    assert {load_image_recipe(str(f), "").name for f, images in files.items() if images} >= {"negmerge-cifar10-small"}
 
 
 @pytest.mark.parametrize("name", ["default", "demo"])
