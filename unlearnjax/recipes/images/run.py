@@ -31,7 +31,7 @@ from unlearnjax.recipes.images.subjects import Subjects, load_subjects
 from unlearnjax.recipes.resume import CHECKPOINTS, claim, model_fingerprint
 from unlearnjax.report.images import render_images_html, write_images_report
 from unlearnjax.training.images.fine_tune import default_mapping, fine_tune
-from unlearnjax.training.interrupt import Stop
+from unlearnjax.training.interrupt import Interrupted, Stop
 
 
 def run_images(
@@ -108,7 +108,7 @@ class _Job:
 
     def run(self, command: list[str], title: str) -> dict[str, Any]:
         names = self.train()
-        base = self.scorer.final(self.start)
+        base = self.scorer.final(self.start, self.subject.fixed.get("statistics"))
         models = [self.entry("base", "base", base)]
         target = None
         if self.subjects.gold is not None:
@@ -225,8 +225,6 @@ class _Job:
     def search(self, name: str, delta: Any, judge: Judge) -> tuple[list[Scores], Any]:
         """All lambdas of a direction on validation data, and the rule's choice (or why there is none)."""
         if self.stop is not None and self.stop.signum:
-            from unlearnjax.training.interrupt import Interrupted
-
             raise Interrupted(self.stop.signum, f"while lambda was searched for {name}")
         points = self.scorer.sweep(self.start, delta)
         try:

@@ -1,5 +1,6 @@
 """Scoring a run's models: on validation data for every lambda, and once on test data."""
 
+import functools
 from typing import Any
 
 import jax
@@ -24,6 +25,10 @@ class Scorer:
         self.net = subjects.forget.net
         self._validation = self._sheets(splits.validation)
         self._final_rows = splits.final
+
+    @functools.cached_property
+    def _final(self) -> dict[str, Sheet]:
+        return self._sheets(self._final_rows)
 
     def _sheets(self, rows: Rows) -> dict[str, Sheet]:
         """Of each set of rows; the retain classes are the test's too."""
@@ -50,7 +55,7 @@ class Scorer:
 
     def final(self, weights: PyTree[Any], statistics: PyTree[Any] | None = None) -> Scores:
         """The test scores. Statistics: BatchNorm's, where they are not the recipe's to choose."""
-        return self.of(weights, self._sheets(self._final_rows), statistics)
+        return self.of(weights, self._final, statistics)
 
     def of(
         self, weights: PyTree[Any], sheets: dict[str, Sheet], statistics: PyTree[Any] | None = None,
