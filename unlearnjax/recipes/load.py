@@ -14,7 +14,6 @@ from unlearnjax.recipes.images.schema import ImageRecipe
 from unlearnjax.recipes.parse import recipe_from
 from unlearnjax.recipes.schema import Recipe
 
-
 TEXT, IMAGES = "unlearnjax.recipes", "unlearnjax.recipes.images"
 
 

@@ -113,7 +113,8 @@ def test_lambda_0_is_the_start_bit_for_bit(made, tmp_path):
 
 def test_an_interrupted_run_keeps_its_candidates(made, tmp_path):
     recipe = image_recipe_from({**RECIPE, "merges": [{"method": "consensus"}]}, "r.yml")
-    call = dict(model=str(made / "model"), sources=sources(made), out=tmp_path / "out", recipe=recipe, progress=False)
+    call = {"model": str(made / "model"), "sources": sources(made), "out": tmp_path / "out", "recipe": recipe}
+    call["progress"] = False
 
     class After(Stop):
         """Asks to stop once the first candidate is on disk."""
@@ -172,7 +173,10 @@ def test_a_class_is_forgotten_by_its_name(made, tmp_path):
 
 
 def test_no_lambda_satisfies_the_rule(made, tmp_path):
-    recipe = {"selection": {"lambdas": [50.0], "keep": 1.0, "rule": "keep", "rows": 30}, "merges": [{"method": "uniform"}]}
+    recipe = {
+        "selection": {"lambdas": [50.0], "keep": 1.0, "rule": "keep", "rows": 30},
+        "merges": [{"method": "uniform"}],
+    }
     report = run(made, tmp_path / "out", recipe, gold=None)
     assert "exported" not in report and not (tmp_path / "out" / "model").exists()
     assert any("no lambda keeps a retain accuracy" in w for w in report["warnings"])
