@@ -11,21 +11,21 @@ epochs) and the 27 candidates of the recipe `negmerge`; it needs an accelerator 
 a ResNet of three stages (widths 16, 32, 64; one block each) on 8000 images. Other data sets (CUB, Tiny-ImageNet) run
 through `--train` and `--test` by hub id; they were not run.
 
-Writes one run per seed and variant under --out, and the figures to keep as experiments/results/negmerge_cifar10_SCALE.json:
-each model's accuracy on retain, forget and test images, MIA-efficacy, and Avg. Gap to the retrained model; the sweeps
-along lambda. Expected from the paper (ResNet-18; retain, forget, test, MIA, gap): retrained 100, 94.76, 94.26, 12.88;
-best single task vector 98.36, 94.85, 91.49, 10.91, 1.62; uniform gap 1.75; NegMerge gap 1.07.
+Writes one run per seed and variant under --out, and the figures to keep as
+experiments/results/negmerge_cifar10_SCALE.json: each model's accuracy on retain, forget and test images, MIA-efficacy,
+and Avg. Gap to the retrained model; the sweeps along lambda. Expected from the paper (ResNet-18; retain, forget, test,
+MIA, gap): retrained 100, 94.76, 94.26, 12.88; best single task vector 98.36, 94.85, 91.49, 10.91, 1.62; uniform gap
+1.75; NegMerge gap 1.07.
 """
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import pyarrow.parquet as pq
+from _images import save, slim, subset
 
 from unlearnjax.data.images import Images, forget_mask, load_images
 from unlearnjax.data.labelled import labelled
@@ -77,15 +77,6 @@ def arguments() -> argparse.Namespace:
     return p.parse_args()
 
 
-def subset(source: Path, target: Path, rows: int | None) -> str:
-    """The first rows of a parquet file, as a file; CIFAR-10's rows are in random order."""
-    if not target.exists():
-        table = pq.read_table(source)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table if rows is None else table.slice(0, rows), target)
-    return str(target)
-
-
 def trained(scale: Scale, images: Images, folder: Path, seed: int) -> None:
     """Train a classifier from scratch on these images and save it."""
     if folder.exists():
@@ -99,8 +90,8 @@ def trained(scale: Scale, images: Images, folder: Path, seed: int) -> None:
 
 
 def variant_of(recipe: ImageRecipe, variant: str, first: bool) -> ImageRecipe:
-    """The recipe with BatchNorm frozen in fine-tuning (and kept), moving in it and dropped (kept) or measured anew after
-    the edit, or with augmented candidates."""
+    """The recipe with BatchNorm frozen in fine-tuning (and kept), or moving in it and dropped (kept) or measured anew
+    after the edit; or with augmented candidates."""
     training, selection, candidates = recipe.training, recipe.selection, recipe.candidates
     if variant in ("kept", "re-estimated"):
         training = dataclasses.replace(training, batch_norm="batch")
@@ -158,18 +149,6 @@ def main() -> None:
             print(f"\n{variant}, seed {seed}\n{render_images_markdown(report)}", flush=True)
             kept["runs"].append({"seed": seed, "variant": variant, "separation": separation(report), **slim(report)})
             save(kept, Path(a.results) / f"negmerge_cifar10_{a.scale}.json")
-
-
-def slim(report: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of a report: not the candidates' curves."""
-    return {key: report[key] for key in ("models", "merges", "rule", "weights", "hardware", "data", "warnings")}
-
-
-def save(kept: dict[str, Any], path: Path) -> None:
-    """Numbers cut to five digits."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    short = json.loads(json.dumps(kept), parse_float=lambda x: float(f"{float(x):.5g}"))
-    path.write_text(json.dumps(short, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
