@@ -20,13 +20,12 @@ best single task vector 98.36, 94.85, 91.49, 10.91, 1.62; uniform gap 1.75; NegM
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import pyarrow.parquet as pq
+from _images import save, slim, subset
 
 from unlearnjax.data.images import Images, forget_mask, load_images
 from unlearnjax.data.labelled import labelled
@@ -82,15 +81,6 @@ def arguments() -> argparse.Namespace:
     if (a.data is None) == (a.train is None) or (a.train is None) != (a.test is None):
         p.error("give --data, or --train and --test")
     return a
-
-
-def subset(source: Path, target: Path, rows: int | None) -> str:
-    """The first rows of a parquet file, as a file; CIFAR-10's rows are in random order."""
-    if not target.exists():
-        table = pq.read_table(source)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table if rows is None else table.slice(0, rows), target)
-    return str(target)
 
 
 def trained(scale: Scale, images: Images, folder: Path, seed: int) -> None:
@@ -169,18 +159,6 @@ def main() -> None:
             print(f"\n{variant}, seed {seed}\n{render_images_markdown(report)}", flush=True)
             kept["runs"].append({"seed": seed, "variant": variant, "separation": separation(report), **slim(report)})
             save(kept, Path(a.results) / f"negmerge_cifar10_{a.scale}.json")
-
-
-def slim(report: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of a report: not the candidates' curves."""
-    return {key: report[key] for key in ("models", "merges", "rule", "weights", "hardware", "data", "warnings")}
-
-
-def save(kept: dict[str, Any], path: Path) -> None:
-    """Numbers cut to five digits."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    short = json.loads(json.dumps(kept), parse_float=lambda x: float(f"{float(x):.5g}"))
-    path.write_text(json.dumps(short, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

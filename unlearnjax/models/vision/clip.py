@@ -13,6 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 from unlearnjax.errors import UserError
 from unlearnjax.models.vision.layers import ACTIVATIONS, Conv, LayerNorm, Linear
 
+LARGEST_ID = 2  # as CLIPConfig.end: not this token but the largest one, as folders of old transformers mean it
+
 
 @dataclass(frozen=True)
 class Tower:
@@ -28,7 +30,7 @@ class Tower:
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """Sizes. `end`: the token at whose place the text's feature is taken (2, as old folders have it: the largest)."""
+    """Sizes. `end`: the token at whose place the text's feature is taken (LARGEST_ID: of the largest one)."""
 
     image: Tower
     text: Tower
@@ -130,7 +132,7 @@ class TextTower(nn.Module):
         for i in range(tower.layers):
             x = Layer(tower, name=f"layer_{i}")(x, mask)
         x = LayerNorm(tower.epsilon, name="final_layer_norm")(x)
-        ends = tokens if c.end == 2 else (tokens == c.end).astype(jnp.int32)
+        ends = tokens if c.end == LARGEST_ID else (tokens == c.end).astype(jnp.int32)
         at = jnp.argmax(ends, axis=1)
         return jnp.take_along_axis(x, at[:, None, None], axis=1)[:, 0]
 
@@ -220,6 +222,6 @@ def to_json(config: CLIPConfig) -> dict[str, Any]:
     image = {"model_type": "clip_vision_model", "image_size": config.image_size, "patch_size": config.patch,
              "num_channels": config.channels, **tower(config.image)}  # fmt: skip
     text = {"model_type": "clip_text_model", "vocab_size": config.vocabulary, "eos_token_id": config.end,
-            "max_position_embeddings": config.positions, **tower(config.text)}  # fmt: skip
+            "bos_token_id": None, "max_position_embeddings": config.positions, **tower(config.text)}  # fmt: skip
     return {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": config.projection,
             "vision_config": image, "text_config": text, "dtype": "float32"}  # fmt: skip

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PyTree
 
 from unlearnjax.errors import UserError
 from unlearnjax.models.vision.classifier import FAMILIES, Classifier, forward
-from unlearnjax.models.vision.clip import CLIP, normed
+from unlearnjax.models.vision.clip import CLIP, LARGEST_ID, normed
 from unlearnjax.models.vision.clip_model import ClipModel
 
 TEXTS = 256  # that are encoded at once: ImageNet's are 80 templates of 1000 classes
@@ -25,8 +25,9 @@ class Net:
     Attributes:
       family: a classifier's (see `FAMILIES`), or "clip".
       mean, std: pixels are scaled to [0, 1] and normalised by these, channel by channel.
-      linear: whether logits are those of the model linearised around `fixed["start"]`:
-        f(start) + J(start) (weights - start), tangent-space task arithmetic (2305.12827).
+      linear: whether the model is linearised around `fixed["start"]`: f(start) + J(start) (weights - start),
+        tangent-space task arithmetic (2305.12827). f are a classifier's logits; of CLIP its image features, which are
+        normalised and put through the head after that, as in that paper's code.
     """
 
     family: str
@@ -47,19 +48,23 @@ class Net:
         """
         mean, std = (jnp.asarray(x, jnp.float32)[None, None, None] for x in (self.mean, self.std))
         images = (pixels / 255.0 - mean) / std
-        if not self.linear:
-            return self._forward(trained, fixed, images, by_batch)
-        start = fixed["start"]
-        step = jax.tree.map(lambda a, b: a - b, trained, start)
-        run = lambda weights: self._forward(weights, fixed, images, by_batch)  # noqa: E731
-        at_start, change, moved = jax.jvp(run, (start,), (step,), has_aux=True)
-        return at_start + change, moved
+        if self.linear:
+            start = fixed["start"]
+            step = jax.tree.map(lambda a, b: a - b, trained, start)
+            run = lambda weights: self._forward(weights, fixed, images, by_batch)  # noqa: E731
+            at_start, change, moved = jax.jvp(run, (start,), (step,), has_aux=True)
+            found = at_start + change
+        else:
+            found, moved = self._forward(trained, fixed, images, by_batch)
+        if self.family == "clip":
+            return jnp.einsum("bd,kd->bk", normed(found), fixed["head"]), moved
+        return found, moved
 
     def _forward(self, trained: PyTree[Array], fixed: PyTree[Array], images: Array, by_batch: bool) -> Any:
+        """(a classifier's logits or CLIP's features, `fixed`)"""
         if self.family == "clip":
-            weights = {**trained, "logit_scale": jnp.zeros(())}  # is in the head; the module asks for one all the same
-            found = CLIP(self.config).apply({"params": weights}, images, method="image_features")
-            return jnp.einsum("bd,kd->bk", normed(found), fixed["head"]), fixed  # type: ignore[arg-type]
+            params = {**trained, "logit_scale": jnp.zeros(())}  # read whenever CLIP is set up; features do without
+            return CLIP(self.config).apply({"params": params}, images, method="image_features"), fixed
         logits, moved = forward(self.family, self.config, trained, fixed["statistics"], images, by_batch)
         return logits, {**fixed, "statistics": moved}
 
@@ -83,7 +88,7 @@ class Subject:
     model: Classifier | ClipModel = field(repr=False)
 
     def linearised(self) -> "Subject":
-        """The same model in its tangent space: its logits are linear in `trained`.
+        """The same model in its tangent space: its logits (CLIP: its image features) are linear in `trained`.
 
         Raises:
           UserError: it is one already.
@@ -123,7 +128,8 @@ def clip_subject(model: ClipModel, labels: Sequence[str], templates: Sequence[st
     texts of all templates are encoded, normalised, averaged, normalised and multiplied by exp(logit_scale).
 
     Raises:
-      UserError: no classes; a template without {}; a model without a tokenizer; a text beyond the text tower's context.
+      UserError: no classes; a template without {}; a model without a tokenizer, or one whose texts lack the end token
+        that the text tower looks for; a text beyond the text tower's context.
     """
     if not labels or not templates:
         raise UserError("clip: give at least one class and one template")
@@ -132,8 +138,11 @@ def clip_subject(model: ClipModel, labels: Sequence[str], templates: Sequence[st
             raise UserError(f"clip: the template {template!r} has no {{}} for the class's name")
     if model.tokenizer is None:
         raise UserError(f"{model.source}: has no tokenizer, which the zero-shot head's texts need")
-    texts = [template.format(label) for label in labels for template in templates]
+    texts = [template.replace("{}", label) for label in labels for template in templates]
     found = model.tokenizer(texts, padding=True, return_tensors="np")["input_ids"]
+    end = model.config.end
+    if end != LARGEST_ID and not (found == end).any(axis=1).all():
+        raise UserError(f"{model.source}: its tokenizer puts no end token (id {end}) behind a text")
     parts = [model.text_features(found[begin : begin + TEXTS]) for begin in range(0, len(texts), TEXTS)]
     features = normed(jnp.concatenate(parts))
     mean = normed(jnp.mean(features.reshape(len(labels), len(templates), -1), axis=1))

@@ -178,6 +178,7 @@ def clip_splits(sources: ImageSources, size: int, channels: int, rows: int, seed
     """
     read = lambda source: load_images(source, size=size, channels=channels)  # noqa: E731
     data, test = read(sources.data), read(sources.test)
+    _same_names(data, test, sources.data, sources.test)
     mask = selected(data, sources.forget, seed)
     if mask is None:
         if sources.forget_test is None:
@@ -191,7 +192,6 @@ def clip_splits(sources: ImageSources, size: int, channels: int, rows: int, seed
         hit = selected(test, sources.forget, seed)
         assert hit is not None
         forget_test, test = test.only(hit), test.only(~hit)
-    _same_names(data, test, sources.data, sources.test)
     _not_empty(forget, retain, sources)
     train, forget_validation = _held_out(forget, seed)
     if sources.validation:

@@ -28,7 +28,7 @@ from unlearnjax.recipes.images.scoring import Scorer
 from unlearnjax.recipes.images.select import Judge, Scores, choose, gap
 from unlearnjax.recipes.images.store import Store
 from unlearnjax.recipes.images.subjects import Subjects, load_subjects
-from unlearnjax.recipes.resume import CHECKPOINTS, claim, model_fingerprint
+from unlearnjax.recipes.resume import CHECKPOINTS, claim, weights_sha256
 from unlearnjax.report.images import render_images_html, write_images_report
 from unlearnjax.training.images.fine_tune import default_mapping, fine_tune
 from unlearnjax.training.interrupt import Interrupted, Stop
@@ -91,12 +91,13 @@ class _Job:
         self.warnings: list[str] = []
 
     def origin(self) -> dict[str, Any]:
-        """What every candidate depends on."""
+        """What every candidate depends on. The weights are all that training sees: CLIP's head is made of the templates
+        and the classes' names."""
         plain = to_plain(self.recipe)
         return {
             "training": {k: v for k, v in plain["training"].items() if k != "group"},
             "data": self.described["train"], "retain": self.described["retain"],
-            "model": model_fingerprint(self.subject.trained)["base weights"], "unlearnjax": unlearnjax.__version__,
+            "model": weights_sha256([self.subject.trained, self.subject.fixed]), "unlearnjax": unlearnjax.__version__,
         }  # fmt: skip
 
     def begin(self, resume: bool) -> None:
@@ -148,7 +149,8 @@ class _Job:
     def train(self) -> list[str]:
         """Fine-tune the candidates that are not there yet; returns the names of those that did not diverge."""
         training = self.recipe.training
-        origins = {c.name: {**self.origin(), "settings": _plain(c)} for c in self.recipe.candidates}
+        origin = self.origin()
+        origins = {c.name: {**origin, "settings": _plain(c)} for c in self.recipe.candidates}
         missing = [c for c in self.recipe.candidates if not self.store.has(c.name, origins[c.name])]
         for candidate in missing:
             shutil.rmtree(self.store.folder / candidate.name, ignore_errors=True)
