@@ -66,7 +66,7 @@ def ours(folder: str, way: str, n: int, updates: int) -> tuple[dict[str, Any], C
         ImageCandidate(str(i), learning_rate=0.01, epochs=epochs, seed=i, schedule="constant") for i in range(n)
     ]
     mapping = {
-        "default": default_mapping(subject, n), "plain": default_mapping(subject, n),
+        "default": default_mapping(n), "plain": default_mapping(n),
         "sequential": Mapping(1, "unroll", 1), "scan": Mapping(1, "unroll", 4),
         "vmap": Mapping(n, "vmap", 1), "unroll": Mapping(n, "unroll", 1),
     }[way]  # fmt: skip

@@ -167,6 +167,7 @@ def test_linearised_candidates(made, tmp_path):
     recipe = {"training": {"batch_size": 4, "linear": True}, "merges": [{"method": "consensus"}]}
     report = run(made, tmp_path / "out", recipe, gold=None)
     assert report["rule"]["name"] == "keep" and report["models"][1]["kind"] == "merge"
+    assert any("tangent space" in warning for warning in report["warnings"])
 
 
 def test_a_class_is_forgotten_by_its_name(made, tmp_path):

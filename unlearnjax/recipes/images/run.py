@@ -133,6 +133,9 @@ class _Job:
             "weights": dict(zip(("trained", "all"), self.subject.weights(), strict=True)),
             "candidates": self.candidates(), "merges": merges, "models": models, "warnings": self.warnings,
         }  # fmt: skip
+        if best is not None and self.subject.net.linear:
+            text = "model/ holds weights of the tangent space: the scores are the linearised model's, not its own"
+            self.warnings.append(text)
         if best is not None:
             entry, delta, _ = next(c for c in chosen if c[0]["name"] == best[1])
             report["exported"] = best[1]
@@ -155,7 +158,7 @@ class _Job:
         for candidate in missing:
             shutil.rmtree(self.store.folder / candidate.name, ignore_errors=True)
         if missing:
-            mapping = default_mapping(self.subject, len(missing))
+            mapping = default_mapping(len(missing))
             if training.group is not None:
                 mapping = mapping._replace(size=training.group)
             tuned = fine_tune(

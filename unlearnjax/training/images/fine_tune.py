@@ -46,7 +46,7 @@ class Mapping(NamedTuple):
     steps: int
 
 
-def default_mapping(subject: Subject, count: int) -> Mapping:
+def default_mapping(count: int) -> Mapping:
     """On accelerators all candidates at once and several updates a program; on a CPU candidates one after another and
     single updates, since convolutions are slow there under vmap and in loops (benchmarks/results has the figures)."""
     if jax.default_backend() == "cpu":
@@ -116,7 +116,7 @@ def fine_tune(
     rows = order(candidates[0].seed, 0).size
     size = min(batch_size, rows)
     updates = [updates_of(c, rows, size) for c in candidates]
-    chosen = mapping or default_mapping(subject, len(candidates))
+    chosen = mapping or default_mapping(len(candidates))
     settings = stack(candidates, updates)
     task = Task(
         subject.net, optimizer, batch_norm == "batch",

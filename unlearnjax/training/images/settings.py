@@ -24,7 +24,8 @@ class ImageCandidate:
     Attributes:
       epochs: passes over its rows. schedule: of the learning rate (`steps`: a tenth after half and after three quarters
         of the updates), after warmup_updates of linear warmup.
-      momentum: of SGD. max_grad_norm: None is no clipping. label_smoothing: share spread evenly over the classes.
+      momentum: of SGD (AdamW has none). max_grad_norm: None is no clipping.
+      label_smoothing: share spread evenly over the classes.
       flip: probability of a horizontal flip. crop_padding: pixels of zeros around, before a random crop.
       magnitude, operations: RandAugment's M and N (N = 0: none), as timm's rand-mM-nN-mstd0.5.
       ascend: climb the loss instead of descending. l1: weight of the sum of magnitudes of all weights, which falls
