@@ -73,7 +73,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--size", type=int, default=32, help="of the images, in pixels")
     p.add_argument("--scale", choices=("small", "paper"), default="small")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    p.add_argument("--variants", nargs="+", default=["frozen", "kept", "re-estimated", "augmented"],
+    p.add_argument("--variants", nargs="+", default=["kept", "re-estimated", "frozen", "augmented"],
                    help="the first is run with all baselines for each seed, the others for the first seed")  # fmt: skip
     p.add_argument("--out", required=True)
     p.add_argument("--results", default=str(HERE / "results"))
@@ -96,12 +96,14 @@ def trained(scale: Scale, images: Images, folder: Path, seed: int) -> None:
 
 
 def variant_of(recipe: ImageRecipe, variant: str, first: bool) -> ImageRecipe:
-    """The recipe with BatchNorm frozen in fine-tuning (and kept), moving in it and dropped (kept) or measured anew
-    after the edit, or with augmented candidates."""
+    """The recipe with BatchNorm's statistics moving in fine-tuning and dropped ("kept": the start's stay) or measured
+    anew after the edit; frozen in fine-tuning, at a tenth of the learning rate; or with augmented candidates."""
     training, selection, candidates = recipe.training, recipe.selection, recipe.candidates
-    if variant in ("kept", "re-estimated"):
-        training = dataclasses.replace(training, batch_norm="batch")
+    if variant == "re-estimated":
         selection = dataclasses.replace(selection, statistics=variant)
+    if variant == "frozen":
+        training = dataclasses.replace(training, batch_norm="frozen")
+        candidates = tuple(dataclasses.replace(c, learning_rate=0.1 * c.learning_rate) for c in candidates)
     if variant == "augmented":
         candidates = tuple(dataclasses.replace(c, flip=0.5, crop_padding=4) for c in candidates)
     if first:

@@ -98,7 +98,8 @@ def new_classifier(family: str, config: Any, labels: tuple[str, ...], image_size
     check_known([family], FAMILIES, "family", "new_classifier")
     if len(labels) != config.classes:
         raise UserError(f"new_classifier: {len(labels)} labels for {config.classes} classes; give one for each")
-    found = FAMILIES[family].module(config).init(key, jnp.zeros((1, image_size, image_size, config.channels)))
+    init = jax.jit(FAMILIES[family].module(config).init)  # one program instead of several for each weight's shape
+    found = init(key, jnp.zeros((1, image_size, image_size, config.channels)))
     return Classifier(found["params"], found.get("statistics", {}), family, config, tuple(labels), image_size)
 
 

@@ -74,7 +74,7 @@ def abstract(config: CLIPConfig) -> PyTree[jax.ShapeDtypeStruct]:
 def new_clip(config: CLIPConfig, key: Array) -> ClipModel:
     """A model with random weights."""
     images = jnp.zeros((1, config.image_size, config.image_size, config.channels), jnp.float32)
-    return ClipModel(CLIP(config).init(key, images, jnp.zeros((1, 2), jnp.int32))["params"], config)
+    return ClipModel(jax.jit(CLIP(config).init)(key, images, jnp.zeros((1, 2), jnp.int32))["params"], config)
 
 
 def load_clip(folder: str | Path) -> ClipModel:

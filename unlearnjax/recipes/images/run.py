@@ -68,7 +68,7 @@ def run_images(
     out = claim(out, resume)
     subjects, splits = load_subjects(model, sources, recipe, gold)
     job = _Job(recipe, subjects, splits, out, progress, stop)
-    job.begin(resume)
+    job.begin()
     return job.run(list(command), title or f"Unlearning with the recipe {recipe.name}")
 
 
@@ -100,7 +100,8 @@ class _Job:
             "model": weights_sha256([self.subject.trained, self.subject.fixed]), "unlearnjax": unlearnjax.__version__,
         }  # fmt: skip
 
-    def begin(self, resume: bool) -> None:
+    def begin(self) -> None:
+        """Mark the folder as an unfinished run's, and say what is run."""
         (self.out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         plain = to_plain(self.recipe)
         with staged_file(self.out / "recipe.yml") as path:
@@ -108,6 +109,7 @@ class _Job:
         shutil.rmtree(self.out / "model", ignore_errors=True)
 
     def run(self, command: list[str], title: str) -> dict[str, Any]:
+        """Everything; returns the report."""
         names = self.train()
         base = self.scorer.final(self.start, self.subject.fixed.get("statistics"))
         models = [self.entry("base", "base", base)]
@@ -147,6 +149,7 @@ class _Job:
         return report
 
     def entry(self, name: str, kind: str, scores: Scores) -> dict[str, Any]:
+        """A model's in the report."""
         return {"name": name, "kind": kind, "scores": scores._asdict()}
 
     def train(self) -> list[str]:
@@ -238,10 +241,12 @@ class _Job:
             return points, error
 
     def curve(self, points: list[Scores]) -> dict[str, Any]:
+        """All lambdas' scores, for the report."""
         columns = {key: [getattr(p, key) for p in points] for key in Scores._fields}
         return {"sweep": {"lambda": list(self.recipe.selection.lambdas), **columns}}
 
     def candidates(self) -> list[dict[str, Any]]:
+        """The candidates' part of the report."""
         found = []
         for candidate in self.recipe.candidates:
             facts = self.store.facts(candidate.name)

@@ -18,7 +18,8 @@ class ImageTraining:
     """How candidates are fine-tuned on the forget set.
 
     optimizer: `sgd` or `adamw`. batch_size: images of an update.
-    batch_norm: `frozen` (running statistics are used and stay) or `batch` (each batch's own; their drift is dropped).
+    batch_norm: `batch` (each batch's own statistics; the drift of the running ones is dropped) or `frozen` (the running
+      ones are used and stay, which wants about a tenth of the learning rate).
     linear: train and score in the tangent space (2305.12827); the merged delta is then exact there, and the exported
       weights are those of the linearised model, which only it can use.
     group: candidates that are trained at once (null: chosen by the device).
@@ -26,7 +27,7 @@ class ImageTraining:
 
     optimizer: str = "sgd"
     batch_size: int = 256
-    batch_norm: str = "frozen"
+    batch_norm: str = "batch"
     linear: bool = False
     group: int | None = None
 
