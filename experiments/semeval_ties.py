@@ -22,10 +22,10 @@ the committed figures: 2 CPU cores (see the JSON). Expected from the paper (7B, 
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
+from _images import save
 from _small import load_lume, small_models, write_sources
 
 from unlearnjax.models.language_model import load_model
@@ -86,9 +86,7 @@ def main() -> None:
 
 def save_results(report: dict[str, Any], folder: Path, name: str) -> None:
     """The report (numbers cut to five digits) and the plot."""
-    folder.mkdir(parents=True, exist_ok=True)
-    short = json.loads(json.dumps(report), parse_float=lambda x: float(f"{float(x):.5g}"))
-    (folder / f"{name}.json").write_text(json.dumps(short, separators=(",", ":")) + "\n", encoding="utf-8")
+    save(report, folder / f"{name}.json")
     (folder / f"{name}.svg").write_text(scatter_svg(report), encoding="utf-8")
 
 

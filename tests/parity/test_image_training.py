@@ -21,6 +21,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
+from tests.parity.test_classifiers import unusual
 from unlearnjax.data.labelled import labelled
 from unlearnjax.evaluation.images import Sheet, re_estimated
 from unlearnjax.models.vision import net as vision
@@ -40,18 +41,6 @@ ROWS, BATCH = 10, 4  # three updates an epoch, of 4, 4 and 2 rows
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (16, 16, 16, 3)).astype(np.uint8)
 LABELS = RNG.integers(0, 3, 16).astype(np.int32)
-
-
-def unusual(model):
-    """Normalisations that do something."""
-    torch.manual_seed(1)
-    for module in model.modules():
-        if isinstance(module, tnn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.2)
-            module.running_var.uniform_(0.5, 2)
-            module.weight.data.uniform_(0.5, 1.5)
-            module.bias.data.normal_(0, 0.2)
-    return model
 
 
 @pytest.fixture(scope="module")

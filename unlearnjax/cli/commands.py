@@ -70,12 +70,13 @@ def run(a: argparse.Namespace) -> None:
     """`unlearnjax run`."""
     from unlearnjax.errors import UserError
     from unlearnjax.recipes.images.subjects import is_image_model
-    from unlearnjax.recipes.load import load_recipe, with_suite
-    from unlearnjax.recipes.run import run
 
     if is_image_model(a.model):
         _run_images(a)
         return
+    from unlearnjax.recipes.load import load_recipe, with_suite
+    from unlearnjax.recipes.run import run
+
     _refuse(a, IMAGE_OPTIONS, "is for image models, and this is a language model")
     if a.retain is None:
         raise UserError("the following arguments are required: --retain (see unlearnjax run --help)")

@@ -44,9 +44,9 @@ def score(net: Net, trained: PyTree[Array], sheet: Sheet, batch: int = BATCH) ->
     Raises:
       UserError: there are none.
     """
-    zero = jax.tree.map(jnp.zeros_like, trained)
-    found = _points(net, trained, [zero], [0.0], sheet, batch)
-    return Scored(*(x[0, 0] for x in found))
+    count = int(sheet.data.labels.shape[0])
+    found = jax.device_get([_of_rows(net, trained, sheet, own) for own in _rows(sheet, batch)])
+    return Scored(*(np.concatenate(values)[:count] for values in zip(*found, strict=True)))
 
 
 def sweep(
@@ -89,6 +89,7 @@ def edit(start: PyTree[Array], direction: PyTree[Array], factor: float | Float[A
     return jax.tree.map(one, start, direction)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _of_rows(net: Net, trained: PyTree[Array], sheet: Sheet, rows: Array) -> tuple[Array, Array]:
     logits, _ = net.logits(trained, sheet.fixed, sheet.data.pixels[rows].astype(jnp.float32))
     labels = sheet.data.labels[rows]
@@ -96,9 +97,7 @@ def _of_rows(net: Net, trained: PyTree[Array], sheet: Sheet, rows: Array) -> tup
     return jnp.argmax(logits, axis=-1) == labels, own
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _point(net: Net, start: PyTree, direction: PyTree, factor: Array, sheet: Sheet, rows: Array) -> tuple[Array, Array]:
-    return _of_rows(net, edit(start, direction, factor), sheet, rows)
+_edited = jax.jit(edit)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -122,16 +121,11 @@ def _rows(sheet: Sheet, batch: int) -> Array:
 def _points(
     net: Net, start: PyTree, directions: Sequence[PyTree], lambdas: Sequence[float], sheet: Sheet, batch: int
 ) -> Scored:
-    rows, count = _rows(sheet, batch), int(sheet.data.labels.shape[0])
-    factors = jnp.asarray(lambdas, jnp.float32)
-    correct = np.empty((len(directions), len(lambdas), count), bool)
-    confidence = np.empty(correct.shape, np.float32)
-    for d, direction in enumerate(directions):
-        for k in range(len(lambdas)):
-            found = [_point(net, start, direction, factors[k], sheet, own) for own in rows]
-            for place, values in zip((correct, confidence), zip(*jax.device_get(found), strict=True), strict=True):
-                place[d, k] = np.concatenate(values)[:count]
-    return Scored(correct, confidence)
+    found = []
+    for direction in directions:
+        own = jax.device_put(direction)  # once, not for every lambda
+        found.append([score(net, _edited(start, own, jnp.float32(factor)), sheet, batch) for factor in lambdas])
+    return Scored(*(np.stack([[getattr(one, name) for one in row] for row in found]) for name in Scored._fields))
 
 
 def _together(

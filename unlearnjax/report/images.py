@@ -1,6 +1,5 @@
 """The report of a run on an image model: its schema, its page, and its table."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,14 +91,8 @@ def read_images_report(path: str | Path) -> dict[str, Any]:
     Raises:
       UserError: no such file, broken JSON, or not such a report.
     """
-    path = Path(path)
-    path = path / schema.FILE if path.is_dir() else path
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{path}: broken JSON ({error})") from None
+    path = schema.located(path)
+    found = schema.read_json(path)
     validate(found, str(path))
     return dict(found)
 

@@ -200,23 +200,36 @@ def write_json(path: Path, found: Any) -> None:
         beside.unlink(missing_ok=True)
 
 
-def read_report(path: str | Path) -> dict[str, Any]:
-    """Read and validate `report.json`, given as the file or as the folder that holds it.
+def located(path: str | Path) -> Path:
+    """A report's file, given as the file or as the folder that holds it."""
+    path = Path(path)
+    return path / FILE if path.is_dir() else path
+
+
+def read_json(path: Path) -> Any:
+    """A report's plain data.
 
     Raises:
-      UserError: no such file, broken JSON, or not a report this version reads.
+      UserError: no such file, one that cannot be read, or broken JSON.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / FILE
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; a run writes {FILE} into its output folder") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: broken JSON ({error})") from None
+
+
+def read_report(path: str | Path) -> dict[str, Any]:
+    """Read and validate `report.json`, given as the file or as the folder that holds it.
+
+    Raises:
+      UserError: no such file, broken JSON, or not a report this version reads.
+    """
+    path = located(path)
+    report = read_json(path)
     validate(report, str(path))
     return dict(report)
 

@@ -182,7 +182,7 @@ def test_no_lambda_satisfies_the_rule(made, tmp_path):
     }
     report = run(made, tmp_path / "out", recipe, gold=None)
     assert "exported" not in report and not (tmp_path / "out" / "model").exists()
-    assert any("no lambda keeps a retain accuracy" in w for w in report["warnings"])
+    assert any("no merge keeps retain" in w for w in report["warnings"])
 
 
 BAD = [

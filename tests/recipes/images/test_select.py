@@ -16,22 +16,24 @@ def points(*pairs):
 
 
 def test_keep_takes_the_lowest_forget_accuracy_among_those_that_retain_enough():
-    assert choose(Judge(95.0, None), LAMBDAS, points((100, 60), (95, 30), (94.9, 0))).place == 1
+    assert choose(Judge(0.95, 100.0, None), LAMBDAS, points((100, 60), (95, 30), (94.9, 0))).place == 1
 
 
 def test_a_tie_takes_the_smaller_lambda():
-    assert choose(Judge(90.0, None), LAMBDAS, points((100, 60), (96, 30), (92, 30))).place == 1
+    assert choose(Judge(0.9, 100.0, None), LAMBDAS, points((100, 60), (96, 30), (92, 30))).place == 1
 
 
 def test_nothing_qualifies():
-    with pytest.raises(UserError, match=r"no lambda keeps a retain accuracy of 99.00; the best is 98.00 at 0.5"):
-        choose(Judge(99.0, None), LAMBDAS, points((97, 60), (98, 30), (50, 0)))
+    with pytest.raises(
+        UserError, match=r"keeps retain at 0.99 of the base's 100 \(99\); the best is 98 \(.*lambda=0.5\)"
+    ):
+        choose(Judge(0.99, 100.0, None), LAMBDAS, points((97, 60), (98, 30), (50, 0)))
 
 
 def test_closest_takes_the_smallest_gap():
     target = Scores(100.0, 94.0, 94.0, 12.0)
     found = [Scores(100, 99, 95, 2), Scores(98, 94, 92, 11), Scores(90, 80, 85, 30)]
-    choice = choose(Judge(None, target), LAMBDAS, found)
+    choice = choose(Judge(0.95, None, target), LAMBDAS, found)
     assert choice.place == 1 and choice.cost == pytest.approx((2 + 0 + 2 + 1) / 4)
 
 

@@ -197,7 +197,8 @@ class _Job:
                                      "hyperparameters": dict(wanted.hyperparameters), "candidates": of}  # fmt: skip
             try:
                 delta, more = self.made(wanted, of, singles or {}, judge)
-                points, choice = self.search(wanted.name, delta, judge)
+                known = (singles or {}).get(more["members"][0]) if wanted.method == "best_single" else None
+                points, choice = known or self.search(wanted.name, delta, judge)
                 entry |= {**more, "sparsity": sparsity(delta, self.subject.weights())._asdict(), **self.curve(points)}
                 if isinstance(choice, UserError):
                     raise choice

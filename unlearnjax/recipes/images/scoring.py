@@ -4,13 +4,12 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from unlearnjax.data.images import Images
 from unlearnjax.data.labelled import labelled
 from unlearnjax.evaluation.images import Scored, Sheet, edit, re_estimated, score, sweep
-from unlearnjax.models.vision.net import Subject
+from unlearnjax.models.vision.net import Net, Subject
 from unlearnjax.recipes.images.data import Rows, Splits
 from unlearnjax.recipes.images.schema import Selection
 from unlearnjax.recipes.images.select import MIA_ROWS, Judge, Scores, scores_of
@@ -65,23 +64,25 @@ class Scorer:
         own = self.statistics(weights) if statistics is None else statistics
         if own is not None:
             sheets = {name: s._replace(fixed={**s.fixed, "statistics": own}) for name, s in sheets.items()}
-        weights = jax.tree.map(jnp.asarray, weights)
-        return self._numbers({name: score(self.net, weights, s) for name, s in sheets.items()}, (), mia_rows)
+        return self._measured(self.net, weights, sheets, mia_rows)
 
     def final_of(self, other: Subject) -> Scores:
         """The test scores of another model (the retrained one)."""
-        return _scores_of_model(other, self._final_rows, None)
+        return self._measured(other.net, other.trained, _under(self._final, other), None)
 
     def judge(self, start: PyTree[Any], gold: Subject | None) -> Judge:
         """The rule, with what it compares to: on validation data."""
         rule = self.selection.rule
         if rule == "closest" or (rule == "auto" and gold is not None):
             assert gold is not None  # `load_subjects` saw to it
-            sheets = {name: s._replace(fixed=gold.fixed) for name, s in self._validation.items()}
-            found = {name: score(gold.net, gold.trained, s) for name, s in sheets.items()}
-            return Judge(None, self._numbers(found, (), MIA_ROWS))
-        base = {name: score(self.net, start, s) for name, s in self._validation.items()}
-        return Judge(self.selection.keep * self._numbers(base, (), MIA_ROWS).retain, None)
+            target = self._measured(gold.net, gold.trained, _under(self._validation, gold), MIA_ROWS)
+            return Judge(self.selection.keep, None, target)
+        base = self._measured(self.net, start, self._validation, MIA_ROWS)
+        return Judge(self.selection.keep, base.retain, None)
+
+    def _measured(self, net: Net, weights: PyTree[Any], sheets: dict[str, Sheet], mia_rows: int | None) -> Scores:
+        weights = jax.device_put(weights)
+        return self._numbers({name: score(net, weights, sheet) for name, sheet in sheets.items()}, (), mia_rows)
 
     def describe(self, judge: Judge) -> dict[str, Any]:
         """For the report."""
@@ -97,10 +98,6 @@ def _sheet(images: Images, subject: Subject) -> Sheet:
     return Sheet(labelled(images.pixels, images.labels), subject.fixed)
 
 
-def _scores_of_model(subject: Subject, rows: Rows, mia_rows: int | None) -> Scores:
-    found = {
-        name: score(subject.net, subject.trained, _sheet(images, subject))
-        for name, images in rows._asdict().items()
-        if images is not None
-    }
-    return scores_of(found["retain"], found["forget"], found.get("test"), (), mia_rows)
+def _under(sheets: dict[str, Sheet], subject: Subject) -> dict[str, Sheet]:
+    """The same images for another model."""
+    return {name: sheet._replace(fixed=subject.fixed) for name, sheet in sheets.items()}

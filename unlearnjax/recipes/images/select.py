@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from unlearnjax.errors import UserError
 from unlearnjax.evaluation.forgetting import Forgetting, average_gap, mia_efficacy
 from unlearnjax.evaluation.images import Scored
+from unlearnjax.merging import search
 
 MIA_ROWS = 1000  # of members and of others, while lambda is searched: the attack's cost is quadratic in them
 
@@ -22,18 +22,17 @@ class Scores(NamedTuple):
 
 
 class Judge(NamedTuple):
-    """The rule: `floor` is the retain accuracy below which nothing is chosen, `target` the retrained model's scores to
-    be close to; one of them is None."""
+    """The rule: to keep the share `keep` of `base_retain`, the start's retain accuracy, or to be close to `target`, the
+    retrained model's scores; one of the last two is None."""
 
-    floor: float | None
+    keep: float
+    base_retain: float | None
     target: Scores | None
 
-    def cost(self, scores: Scores) -> float:
-        """The lower the better; infinite where the rule forbids it."""
-        if self.target is not None:
-            return gap(scores, self.target)
-        assert self.floor is not None
-        return scores.forget if scores.retain >= self.floor else float("inf")
+    @property
+    def floor(self) -> float | None:
+        """The retain accuracy below which nothing is chosen."""
+        return None if self.base_retain is None else self.keep * self.base_retain
 
 
 def gap(scores: Scores, target: Scores) -> float:
@@ -78,12 +77,15 @@ def choose(judge: Judge, lambdas: Sequence[float], points: Sequence[Scores]) -> 
     Raises:
       UserError: the rule forbids all of them.
     """
-    costs = [judge.cost(scores) for scores in points]
-    best = min(range(len(points)), key=lambda i: (costs[i], lambdas[i]))
-    if not np.isfinite(costs[best]):
-        most = max(range(len(points)), key=lambda i: points[i].retain)
-        raise UserError(
-            f"no lambda keeps a retain accuracy of {judge.floor:.2f}; the best is {points[most].retain:.2f} at "
-            f"{lambdas[most]:g}; try smaller lambdas, or a smaller share to keep"
-        )
-    return Choice(best, costs[best])
+    if judge.target is not None:
+        costs = [gap(scores, judge.target) for scores in points]
+        best = min(range(len(points)), key=lambda i: (costs[i], lambdas[i]))
+        return Choice(best, costs[best])
+    assert judge.base_retain is not None
+    trials = [
+        search.Trial(search.Point("subtracted", None, (), None, factor), {"forget": p.forget, "retain": p.retain})
+        for factor, p in zip(lambdas, points, strict=True)
+    ]
+    found = search.choose(trials, forget="forget", retain="retain", base_retain=judge.base_retain, share=judge.keep)
+    place = next(i for i, trial in enumerate(trials) if trial is found)
+    return Choice(place, points[place].forget)

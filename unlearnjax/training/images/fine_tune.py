@@ -48,7 +48,7 @@ class Mapping(NamedTuple):
 
 def default_mapping(count: int) -> Mapping:
     """On accelerators all candidates at once and several updates a program; on a CPU candidates one after another and
-    single updates, since convolutions are slow there under vmap and in loops (benchmarks/results has the figures)."""
+    single updates, since convolutions are slow there under vmap and in loops (see benchmarks/image_training.py)."""
     if jax.default_backend() == "cpu":
         return Mapping(1, "unroll", 1)
     return Mapping(count, "vmap", 8)
