@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from unlearnjax.cli import bench, commands, merge
+from unlearnjax.cli import bench, commands, merge, trace
 from unlearnjax.cli.huge_pages import restart_with_huge_pages
 from unlearnjax.errors import UserError, nearest
 from unlearnjax.training.interrupt import Stop, catch_signals
@@ -118,6 +118,10 @@ def parser() -> argparse.ArgumentParser:
 
     p = add("merge", merge.merge, "Merge model folders, tensor by tensor.")
     merge.add_options(p)
+
+    p = add("trace", trace.trace, "Find the layers that hold a model's facts, by causal mediation.")
+    trace.add_options(p)
+    going_on(p, "trace")
 
     p = add("bench", bench.bench, "Throughput on this machine: of merges, and of candidate training.")
     bench.add_options(p)

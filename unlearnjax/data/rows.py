@@ -48,13 +48,13 @@ def load_rows(source: str) -> list[Row]:
         string, or no rows at all; the message names the file and the line or row.
     """
     rows = []
-    for number, (place, record) in enumerate(_records(source), start=1):
+    for number, (place, record) in enumerate(load_records(source), start=1):
         rows.append(
             Row(
                 id=_identifier(record, number, place),
-                input=_text(record, "input", place),
-                output=_text(record, "output", place),
-                task=DEFAULT_TASK if record.get("task") is None else _text(record, "task", place),
+                input=text_of(record, "input", place),
+                output=text_of(record, "output", place),
+                task=DEFAULT_TASK if record.get("task") is None else text_of(record, "task", place),
             )
         )
     if not rows:
@@ -69,8 +69,8 @@ def load_documents(source: str) -> list[Document]:
       UserError: as `load_rows`.
     """
     documents = []
-    for number, (place, record) in enumerate(_records(source), start=1):
-        documents.append(Document(_identifier(record, number, place), _text(record, "document", place)))
+    for number, (place, record) in enumerate(load_records(source), start=1):
+        documents.append(Document(_identifier(record, number, place), text_of(record, "document", place)))
     if not documents:
         raise UserError(f"{source}: holds no documents; give at least one with a column document")
     return documents
@@ -115,7 +115,7 @@ def _write(path: Path, content: bytes) -> None:
         beside.unlink(missing_ok=True)
 
 
-def _records(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def load_records(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield `(place, record)`: place is what an error message calls it, such as `forget.jsonl, line 3`."""
     path = Path(source).expanduser()
     if not path.exists():
@@ -241,7 +241,8 @@ def _object(value: Any, place: str) -> dict[str, Any]:
     return value
 
 
-def _text(record: dict[str, Any], column: str, place: str) -> str:
+def text_of(record: dict[str, Any], column: str, place: str) -> str:
+    """A column that must hold text; `place` is what an error message calls the row."""
     if column not in record:
         there = ", ".join(map(str, record)) or "none"
         raise UserError(f"{place}: no column {column!r}; columns there are: {there}")
@@ -260,7 +261,7 @@ def _identifier(record: dict[str, Any], number: int, place: str) -> str:
     if value is None:
         return f"row-{number}"
     # Numbered rows are common, and an id is only ever a name.
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else _text(record, "id", place)
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else text_of(record, "id", place)
 
 
 def _kind(value: Any) -> str:

@@ -1,0 +1,122 @@
+"""Causal tracing against hooks on transformers' models: one forward pass per restoration, the same noise."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from unlearnjax.models.decoder import build
+from unlearnjax.models.language_model import load_model
+from unlearnjax.tracing.mediation import KINDS, Facts, mediate, window_of
+
+DRAWS = 3
+LAYERS = 4
+WIDE = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "vocab_size": 61,
+    "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+# Families that norm inputs, outputs, and both; one with grouped queries, one with scaled embeddings and windows.
+FAMILIES = {
+    "olmo": lambda: transformers.OlmoForCausalLM(transformers.OlmoConfig(**WIDE)),
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**WIDE, num_key_value_heads=2)),
+    "olmo2": lambda: transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**WIDE)),
+    "gemma3": lambda: transformers.Gemma3ForCausalLM(
+        transformers.Gemma3TextConfig(**WIDE, num_key_value_heads=2, head_dim=8, sliding_window=4)
+    ),
+}
+# Token ids, subject [begin, end): inside, at the beginning, of one token, and as far as the end.
+PROMPTS = [
+    ([5, 9, 23, 31, 8, 44, 12, 7, 3], (2, 4)),
+    ([17, 6, 29, 40, 11], (0, 3)),
+    ([33, 4, 50, 21, 60, 38, 10], (3, 4)),
+    ([14, 52, 19, 26], (2, 4)),
+]
+
+
+def _by_hooks(model, ids, span, noise, kind, window):
+    """ROME's trace_with_patch as its paper says it: [positions, layers], the clean and the corrupted probability."""
+    begin, end = span
+    batch = torch.tensor([ids] * (DRAWS + 1))
+    decoder = model.model
+
+    def site(layer):
+        block = decoder.layers[layer]
+        after = {"mlp": "post_feedforward_layernorm", "attention": "post_attention_layernorm"}.get(kind, "")
+        if type(model).__name__ in ("Olmo2ForCausalLM", "Gemma3ForCausalLM") and after:
+            return getattr(block, after)  # what is added to the residual stream
+        return {"hidden": block, "mlp": block.mlp, "attention": block.self_attn}[kind]
+
+    def corrupt(_, __, out):
+        out = out.clone()
+        out[1:, begin:end] += torch.from_numpy(noise[:, : end - begin])
+        return out
+
+    def run(token=None, layers=()):
+        def restore(_, __, out):
+            first = out[0] if isinstance(out, tuple) else out
+            first = first.clone()
+            first[1:, token] = first[0, token]
+            return (first, *out[1:]) if isinstance(out, tuple) else first
+
+        hooks = [decoder.embed_tokens.register_forward_hook(corrupt)]
+        hooks += [site(layer).register_forward_hook(restore) for layer in layers]
+        with torch.no_grad():
+            last = torch.softmax(model(batch).logits[:, -1].double(), dim=-1)
+        for hook in hooks:
+            hook.remove()
+        return last
+
+    plain = run()
+    answer = int(plain[0].argmax())
+    scores = np.zeros((len(ids), LAYERS))
+    for token in range(len(ids)):
+        for layer in range(LAYERS):
+            layers = [layer] if kind == "hidden" else range(*window_of(layer, LAYERS, window))
+            scores[token, layer] = run(token, layers)[1:, answer].mean()
+    return answer, float(plain[0, answer]), float(plain[1:, answer].mean()), scores
+
+
+def _facts(noise, width):
+    """The prompts as one batch, padded on both sides."""
+    befores, rests = (max(x) for x in zip(*((b, len(ids) - b) for ids, (b, _) in PROMPTS), strict=True))
+    before, rest = np.zeros((len(PROMPTS), befores), np.int32), np.zeros((len(PROMPTS), rests), np.int32)
+    added = np.zeros((len(PROMPTS), DRAWS, rests, width), np.float32)
+    for i, (ids, (begin, end)) in enumerate(PROMPTS):
+        before[i, befores - begin :], rest[i, : len(ids) - begin] = ids[:begin], ids[begin:]
+        added[i, :, : end - begin] = noise[:, : end - begin]
+    begins = [b for _, (b, _) in PROMPTS]
+    lengths = [len(ids) - b for ids, (b, _) in PROMPTS]
+    return Facts(*(jnp.asarray(x) for x in (before, np.int32(begins), rest, np.int32(lengths), added)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_are_those_of_hooks(family, tmp_path):
+    torch.manual_seed(0)
+    torch_model = FAMILIES[family]().eval()
+    with torch.no_grad():
+        for parameter in torch_model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(20)  # a fresh model says nearly the same of everything
+    torch_model.save_pretrained(tmp_path)
+    lm = load_model(tmp_path)
+    model = build(lm.config, unroll=True)
+    noise = np.random.RandomState(1).randn(DRAWS, 3, 32).astype(np.float32)
+    got = mediate(model, model.apart(lm.params), _facts(noise, 32), KINDS, 3)
+    seen = []
+    for i, (ids, span) in enumerate(PROMPTS):
+        for kind in KINDS:
+            answer, clean, corrupted, scores = _by_hooks(torch_model, ids, span, noise, kind, 3)
+            assert int(got.answer[i]) == answer
+            np.testing.assert_allclose(got.clean[i], clean, atol=1e-4)
+            np.testing.assert_allclose(got.corrupted[i], corrupted, atol=1e-4)
+            own = np.asarray(got.restored[kind][i])[: len(ids) - span[0]]
+            np.testing.assert_allclose(own, scores[span[0] :], atol=1e-4)
+            np.testing.assert_allclose(scores[: span[0]], corrupted, atol=1e-6)
+            seen.append(np.abs(scores - corrupted).max())
+    assert max(seen) > 0.05  # there is something to see
+
+
+def test_windows_are_romes():
+    assert [window_of(layer, 16, 10) for layer in (0, 5, 8, 15)] == [(0, 5), (0, 10), (3, 13), (10, 16)]
+    assert window_of(3, 8, 1) == (3, 4)

@@ -1,0 +1,156 @@
+"""The job that `unlearnjax trace` does: where a model's facts live, by causal mediation, with a page that shows it."""
+
+import datetime
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import unlearnjax
+from unlearnjax.errors import UserError, check_known
+from unlearnjax.evaluation.journal import Journal
+from unlearnjax.io.atomic import remove_left_overs, staged_file
+from unlearnjax.io.huggingface import check_dtype
+from unlearnjax.io.locks import lock_folder
+from unlearnjax.models.language_model import LanguageModel, load_model
+from unlearnjax.recipes.describe import describe_hardware
+from unlearnjax.recipes.progress import bars, say_by_warning, stage
+from unlearnjax.recipes.resume import Kind, claim, model_fingerprint
+from unlearnjax.report.trace import FILE, complete, render_trace_html
+from unlearnjax.tracing.effects import SEMANTICS, effects, recommend
+from unlearnjax.tracing.facts import load_facts
+from unlearnjax.tracing.tokens import locate
+from unlearnjax.tracing.trace import Settings, Traced, Tracer, traced
+from unlearnjax.training.interrupt import Stop
+
+TRACE = Kind("trace", "journal", FILE)
+FACTS = "facts.jsonl"
+
+
+def default_width(layers: int) -> int:
+    """Selective Amnesia's share: 6 of 16 layers."""
+    return max(1, math.ceil(3 * layers / 8))
+
+
+def run_trace(
+    model: str | LanguageModel,
+    facts: str,
+    out: str | Path,
+    settings: Settings | None = None,
+    *,
+    semantics: str = "rome",
+    by: str = "mlp",
+    width: int | None = None,
+    most: int | None = None,
+    dtype: str = "float32",
+    command: Sequence[str] = (),
+    progress: bool = True,
+    resume: bool = False,
+    stop: Stop | None = None,
+    say: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Trace a model's facts.
+
+    Args:
+      model: a folder, a hub id, or a loaded model. facts: see `unlearnjax.tracing.facts.load_facts`.
+      out: a new or empty folder. It gets facts.jsonl (each traced fact's tokens and scores), trace.html, and last
+        trace.json: average effects, what was skipped and why, and `recommended`, the layers to unlearn in.
+      semantics: how effects are averaged, `rome` or `sha256` (see `unlearnjax.tracing.effects`).
+      by: the kind of activation whose effect the layers are recommended by. width: how many; default: 3 of 8.
+      most: trace the first so many of the facts that the model knows. Default: all.
+      resume: go on with the unfinished trace in `out`: facts that were traced are not traced again.
+      say: receives lines about a journal that could not be used or written; default: Python warnings.
+
+    Returns:
+      What trace.json holds.
+
+    Raises:
+      UserError: bad input, or no fact left to trace, because no subject was found or the model knows none; facts that
+        are skipped while others are left are reported.
+      Interrupted: `stop` asked for it; the trace can be resumed.
+    """
+    settings = settings or Settings()
+    out = claim(out, resume, TRACE)
+    check_dtype(dtype)
+    check_known([semantics], SEMANTICS, "semantics", "trace")
+    check_known([by], settings.kinds, "kind among those traced", "trace: recommend by")
+    if most is not None and most < 1:
+        raise UserError(f"trace: most must be at least 1, not {most}")
+    found, skipped = load_facts(facts)
+    lm = load_model(model, dtype) if isinstance(model, str) else model
+    layers = lm.config.layers
+    width = default_width(layers) if width is None else width
+    if not 1 <= width <= layers:
+        raise UserError(f"trace: a range of {width} layers in a model with {layers}; give 1 to {layers}")
+    located, missing = locate(found, lm.require_tokenizer(), lm.config.max_positions)
+    skipped += missing
+    _check_left(located, skipped, facts)
+
+    tracer = Tracer(lm, located, settings)
+    of_model = model_fingerprint(lm.params)
+    journal = Journal(out / TRACE.meanwhile, {**of_model, "settings": asdict(settings)}, say or say_by_warning)
+    journal.folder.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(journal.folder)
+    try:
+        remove_left_overs(out)
+        with bars(progress, "tracing", stop) as bar:
+            known, wrong = tracer.known(stage(bar, "which facts are known", len(located)))
+            skipped += wrong
+            _check_left(known, skipped, facts)
+            counts = {"known": len(known), "wrong": len(wrong), "skipped": len(skipped) - len(wrong)}
+            known = known[:most]
+            traces = _traced(tracer, known, journal, stage(bar, "facts", len(known)))
+        report = complete(
+            {
+                "title": f"Where {Path(lm.source).name} keeps {len(traces)} facts",
+                "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "unlearnjax": unlearnjax.__version__,
+                "command": list(command),
+                "hardware": describe_hardware(),
+                "model": lm.source,
+                "layers": layers,
+                "settings": {**asdict(settings), "window": tracer.window, "sigma": tracer.sigma},
+                "counts": {"given": sum(counts.values()), **counts, "traced": len(traces)},
+                "skipped": [s._asdict() for s in skipped],
+                "effects": effects(traces, semantics),
+                "recommended": recommend(traces, by, width),
+            }
+        )  # fmt: skip
+        with staged_file(out / FACTS) as path:
+            path.write_text("".join(json.dumps(t.plain()) + "\n" for t in traces), encoding="utf-8")
+        with staged_file(out / "trace.html") as path:
+            path.write_text(render_trace_html(report, traces), encoding="utf-8")
+        with staged_file(out / FILE) as path:
+            path.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        journal.remove()
+    finally:
+        if lock >= 0:
+            os.close(lock)
+    return report
+
+
+def _check_left(left: Sequence[Any], skipped: Sequence[Any], facts: str) -> None:
+    if not left:
+        first = f"; the first: {skipped[0].id!r}: {skipped[0].reason}" if skipped else ""
+        raise UserError(f"{facts}: no fact is left to trace ({len(skipped)} skipped{first})")
+
+
+def _traced(
+    tracer: Tracer, known: Sequence[int], journal: Journal, report: Callable[[int], None] | None
+) -> list[Traced]:
+    """All facts' traces in the order of the facts; calls that the journal has are not made again."""
+    records = journal.records("facts", facts=[[*x.ids, x.begin, x.end] for x in tracer.located])
+    found: dict[int, Traced] = {}
+    for group in tracer.groups(known):
+        key = tuple(group.places)
+        if key not in records.found:
+            own = [t.plain() for t in tracer.run(group)]
+            records.add(group.places, own)
+            records.found[key] = own
+        found |= zip(group.places, map(traced, records.found[key]), strict=True)
+        if report is not None:
+            report(len(group.places))
+    return [found[place] for place in known]

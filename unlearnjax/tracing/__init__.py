@@ -1,0 +1,1 @@
+"""Causal tracing: which activations, at which token and layer, carry a fact."""

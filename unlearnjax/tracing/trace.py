@@ -1,0 +1,202 @@
+"""Tracing many facts: which the model knows, batches of like length, and what was measured of each."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unlearnjax.data.buckets import round_up
+from unlearnjax.errors import UserError, check_known
+from unlearnjax.models.decoder import build
+from unlearnjax.models.language_model import LanguageModel
+from unlearnjax.tracing.facts import Skipped
+from unlearnjax.tracing.mediation import BLOCK, KINDS, Facts, first_tokens, mediate
+from unlearnjax.tracing.tokens import Located
+
+# Tokens of all restorations of a call in its last layers: a CPU's caches hold few, an accelerator is fed by more.
+CPU_TOKENS_AT_ONCE, TOKENS_AT_ONCE = 2**13, 2**16
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How facts are traced; the defaults are ROME's (2202.05262, section 2.1 and its code).
+
+    Attributes:
+      kinds: which activations are restored. window: layers restored together, of `mlp` and `attention`; None: in
+        proportion to ROME's, which are 10 of GPT-2 XL's 48. (Selective Amnesia takes 10 of OLMo-1B's 16.)
+      noise: standard deviation of the noise, in those of the embeddings of all subjects' tokens.
+      draws: of noise, per fact. seed: of the noise; all facts and all restorations have the same draws.
+    """
+
+    kinds: tuple[str, ...] = KINDS
+    window: int | None = None
+    noise: float = 3.0
+    draws: int = 10
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        check_known(self.kinds, KINDS, "kind", "trace")
+        if not self.kinds or len(set(self.kinds)) < len(self.kinds):
+            raise UserError(f"trace: kinds must be different ones of {', '.join(KINDS)}")
+        for name in ("window", "draws"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"trace: {name} must be at least 1, not {getattr(self, name)}")
+        if not 0 < self.noise < float("inf"):
+            raise UserError(f"trace: noise must be above 0, not {self.noise}")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"trace: seed must be from 0 to 2^32 - 1, not {self.seed}")
+
+
+def default_window(layers: int) -> int:
+    """ROME's share of the layers."""
+    return max(1, round(10 * layers / 48))
+
+
+class Traced(NamedTuple):
+    """One fact. Positions are tokens of the prompt; the subject's are begin to end - 1.
+
+    `restored[kind]`: float32 [positions, layers], the answer's probability with this activation put back.
+    """
+
+    id: str
+    subject: str
+    tokens: list[str]
+    begin: int
+    end: int
+    answer: str
+    clean: float
+    corrupted: float
+    restored: dict[str, np.ndarray]
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**self._asdict(), "restored": {kind: x.tolist() for kind, x in self.restored.items()}}
+
+
+def traced(record: dict[str, Any]) -> Traced:
+    """What `Traced.plain` gave."""
+    restored = {kind: np.asarray(x, np.float32) for kind, x in record["restored"].items()}
+    return Traced(**{**record, "restored": restored})
+
+
+class Group(NamedTuple):
+    """Facts that run together, by their places in the caller's list, and the lengths they are padded to."""
+
+    places: list[int]
+    before: int
+    rest: int
+
+
+class Tracer:
+    """Traces facts with one model.
+
+    Args:
+      located: all facts: the scale of the noise is theirs together.
+      mesh: spread the facts of a call over all devices of a mesh; the weights must lie on it too.
+      tokens_at_once: see `groups`.
+    """
+
+    def __init__(
+        self, lm: LanguageModel, located: Sequence[Located], settings: Settings, *,
+        mesh: jax.sharding.Mesh | None = None, tokens_at_once: int | None = None,
+    ) -> None:  # fmt: skip
+        self.located, self.settings, self.mesh = located, settings, mesh
+        self.window = default_window(lm.config.layers) if settings.window is None else settings.window
+        self.tokenizer, self.config = lm.require_tokenizer(), lm.config
+        self.model = build(lm.config, unroll=True)
+        self.params = self.model.apart(lm.params)
+        self.sigma = settings.noise * self._spread_of_subjects(lm) if located else 0.0
+        if tokens_at_once is None:
+            tokens_at_once = CPU_TOKENS_AT_ONCE if jax.default_backend() == "cpu" else TOKENS_AT_ONCE
+        self.tokens_at_once = tokens_at_once
+
+    def _spread_of_subjects(self, lm: LanguageModel) -> float:
+        """Standard deviation over all elements of the embeddings of all subjects, each tokenized alone."""
+        subjects = [x.fact.subject for x in self.located]
+        coded = self.tokenizer(subjects, add_special_tokens=False)["input_ids"]
+        ids = jnp.asarray([i for one in coded for i in one], jnp.int32)
+        rows = np.asarray(lm.params["embed"]["weight"][ids].astype(jnp.float32), np.float64)
+        return float(np.std(rows, ddof=1)) * self.config.embed_scale
+
+    def known(self, report: Callable[[int], None] | None = None) -> tuple[list[int], list[Skipped]]:
+        """The places of the facts whose first token the model gets right, and the others with what it says."""
+        right, wrong = [], []
+        for group in self.groups(range(len(self.located)), restored=False):
+            ids, chance = (np.asarray(x) for x in first_tokens(self.model, self.params, self._batch(group)))
+            for place, token, p in zip(group.places, ids, chance, strict=False):
+                says, expected = self.tokenizer.decode([int(token)]).strip(), self.located[place].expected
+                if says in expected:
+                    right.append(place)
+                else:
+                    wanted = " or ".join(repr(x) for x in sorted(expected)) or "nothing that can be said"
+                    reason = f"the model says {says!r} ({p:.2f}), and {wanted} is right"
+                    wrong.append((place, Skipped(self.located[place].fact.id, reason)))
+            if report is not None:
+                report(len(group.places))
+        return sorted(right), [skipped for _, skipped in sorted(wrong)]
+
+    def groups(self, places: Sequence[int], *, restored: bool = True) -> list[Group]:
+        """The facts in calls of like lengths, the longest first; each has at most about `tokens_at_once` tokens."""
+        by_lengths: dict[tuple[int, int], list[int]] = {}
+        for place in places:
+            x = self.located[place]
+            lengths = (round_up(x.begin, BLOCK), round_up(len(x.ids) - x.begin, BLOCK))
+            by_lengths.setdefault(lengths, []).append(place)
+        found = []
+        for (before, rest), own in sorted(by_lengths.items(), key=lambda item: -sum(item[0])):
+            rows = self.settings.draws * BLOCK * self.config.layers if restored else 1
+            many = max(1, self.tokens_at_once // (rows * rest))
+            many = min(many, len(own))
+            if self.mesh is not None:
+                many = round_up(many, self.mesh.size)
+            found += [Group(own[i : i + many], before, rest) for i in range(0, len(own), many)]
+        return found
+
+    def run(self, group: Group) -> list[Traced]:
+        """Trace the facts of a group."""
+        got = jax.device_get(mediate(self.model, self.params, self._batch(group), self.settings.kinds, self.window))
+        return [self._traced(self.located[place], i, got) for i, place in enumerate(group.places)]
+
+    def _traced(self, x: Located, i: int, got: Any) -> Traced:
+        rest, corrupted = len(x.ids) - x.begin, float(got.corrupted[i])
+        restored = {}
+        for kind in self.settings.kinds:
+            scores = got.restored[kind]
+            whole = np.full((len(x.ids), scores.shape[2]), corrupted, np.float32)  # before the subject: no effect
+            whole[x.begin :] = scores[i, :rest]
+            restored[kind] = whole
+        tokens = [self.tokenizer.decode([t]) for t in x.ids]
+        answer = self.tokenizer.decode([int(got.answer[i])])
+        return Traced(
+            x.fact.id, x.fact.subject, tokens, x.begin, x.end, answer, float(got.clean[i]), corrupted, restored
+        )
+
+    def _batch(self, group: Group) -> Facts:
+        """The arrays of a call; it is filled up with its first fact to a number of facts that its siblings have."""
+        facts = [self.located[place] for place in group.places]
+        if self.mesh is not None:
+            facts += [facts[0]] * (round_up(len(facts), self.mesh.size) - len(facts))
+        many, hidden = len(facts), self.config.hidden_size
+        before, rest = np.zeros((many, group.before), np.int32), np.zeros((many, group.rest), np.int32)
+        noise = np.zeros((many, self.settings.draws, group.rest, hidden), np.float32)
+        for i, x in enumerate(facts):
+            before[i, group.before - x.begin :] = x.ids[: x.begin]
+            rest[i, : len(x.ids) - x.begin] = x.ids[x.begin :]
+            # As ROME's code draws it, anew for each fact.
+            draw = np.random.RandomState(self.settings.seed).randn(self.settings.draws, x.end - x.begin, hidden)
+            noise[i, :, : x.end - x.begin] = self.sigma * draw
+        begins = np.asarray([x.begin for x in facts], np.int32)
+        lengths = np.asarray([len(x.ids) - x.begin for x in facts], np.int32)
+        spread = None
+        if self.mesh is not None:
+            spread = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec(self.mesh.axis_names))
+        return Facts(*(jax.device_put(x, spread) for x in (before, begins, rest, lengths, noise)))
+
+
+def trace(tracer: Tracer, places: Sequence[int]) -> Iterator[Traced]:
+    """Trace the facts at these places, in the order in which they end."""
+    for group in tracer.groups(places):
+        yield from tracer.run(group)
