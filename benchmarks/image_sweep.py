@@ -34,7 +34,8 @@ def one_way(way: str, merges: int, rows: int, widths: list[int], laps: int) -> d
     config = ResNetConfig(10, stem="cifar", embedding=sizes[0], widths=sizes, depths=(1,) * len(sizes))
     subject = classifier_subject(new_classifier("resnet", config, tuple("0123456789"), 32, jax.random.key(0)))
     rng = np.random.default_rng(0)
-    sheet = Sheet(labelled(rng.integers(0, 256, (rows, 32, 32, 3)), rng.integers(0, 10, rows)), subject.fixed)
+    pixels = rng.integers(0, 256, (rows, 32, 32, 3), np.uint8)
+    sheet = Sheet(labelled(pixels, rng.integers(0, 10, rows)), subject.fixed)
     directions = [
         jax.tree.map(lambda x: 0.1 * rng.standard_normal(x.shape, np.float32), subject.trained) for _ in range(merges)
     ]
