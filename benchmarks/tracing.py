@@ -100,7 +100,7 @@ def ours(folder: str, count: int) -> tuple[dict[str, Any], Callable[[str], Any]]
         scores = [np.concatenate([t.restored[k].ravel() for k in KINDS]).tolist() for t in lap.found]  # type: ignore[attr-defined]
         return {"scores": scores, **bench.memory(bench.jax_peak_mib())}
 
-    about = {"first_call_seconds": first, "programs": len({(g.before, g.rest, len(g.places)) for g in groups}),
+    about = {"first_call_seconds": first, "programs": len({(g.before, g.rest, g.many) for g in groups}),
              "calls": len(groups), "device": jax.devices()[0].device_kind}  # fmt: skip
     return about, answer
 

@@ -76,7 +76,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--size", type=int, default=32, help="of the images, in pixels")
     p.add_argument("--scale", choices=("small", "paper"), default="small")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    p.add_argument("--variants", nargs="+", default=["kept", "re-estimated", "frozen", "augmented"],
+    p.add_argument("--variants", nargs="+", default=["re-estimated", "kept", "frozen", "augmented"],
                    help="the first is run with all baselines for each seed, the others for the first seed")  # fmt: skip
     p.add_argument("--out", required=True)
     p.add_argument("--results", default=str(HERE / "results"))
@@ -99,11 +99,12 @@ def trained(scale: Scale, images: Images, folder: Path, seed: int) -> None:
 
 
 def variant_of(recipe: ImageRecipe, variant: str, first: bool) -> ImageRecipe:
-    """The recipe with BatchNorm's statistics moving in fine-tuning and dropped ("kept": the start's stay) or measured
-    anew after the edit; frozen in fine-tuning, at a tenth of the learning rate; or with augmented candidates."""
+    """The recipe with BatchNorm's statistics moving in fine-tuning and measured anew after the edit ("re-estimated", as
+    the recipe has it) or dropped for the start's ("kept"); frozen in fine-tuning, at a tenth of the learning rate, and
+    kept; or re-estimated with augmented candidates."""
     training, selection, candidates = recipe.training, recipe.selection, recipe.candidates
-    if variant == "re-estimated":
-        selection = dataclasses.replace(selection, statistics=variant)
+    if variant in ("kept", "frozen"):
+        selection = dataclasses.replace(selection, statistics="kept")
     if variant == "frozen":
         training = dataclasses.replace(training, batch_norm="frozen")
         candidates = tuple(dataclasses.replace(c, learning_rate=0.1 * c.learning_rate) for c in candidates)

@@ -6,7 +6,6 @@ import pytest
 import torch
 import transformers
 
-from unlearnjax.models.decoder import build
 from unlearnjax.models.language_model import load_model
 from unlearnjax.tracing.mediation import KINDS, Facts, mediate, window_of
 
@@ -100,9 +99,8 @@ def test_scores_are_those_of_hooks(family, tmp_path):
                 parameter.mul_(20)  # a fresh model says nearly the same of everything
     torch_model.save_pretrained(tmp_path)
     lm = load_model(tmp_path)
-    model = build(lm.config, unroll=True)
     noise = np.random.RandomState(1).randn(DRAWS, 3, 32).astype(np.float32)
-    got = mediate(model, model.apart(lm.params), _facts(noise, 32), KINDS, 3)
+    got = mediate(lm.config, lm.params, _facts(noise, 32), KINDS, 3)
     seen = []
     for i, (ids, span) in enumerate(PROMPTS):
         for kind in KINDS:

@@ -80,9 +80,18 @@ def _views(
     return full, View(rotations(config.local_rope or config.rope, config.head_dim, positions), mask & near)
 
 
-def _embedded(config: ModelConfig, params: PyTree[Array], tokens: Array) -> Array:
+def embedded(config: ModelConfig, params: PyTree[Array], tokens: Array) -> Array:
+    """The hidden states that enter the first layer."""
     x: Array = params["embed"]["weight"][tokens]
     return x if config.embed_scale == 1.0 else x * jnp.asarray(config.embed_scale, x.dtype)
+
+
+def final_norm(
+    config: ModelConfig, params: PyTree[Array], x: Float[Array, "*lead hidden"]
+) -> Float[Array, "*lead hidden"]:
+    """What the head reads, of the last layer's output."""
+    own = {"params": params["norm"]} if "norm" in params else {}
+    return jnp.asarray(Norm(config.norm, config.norm_eps).apply(own, x))
 
 
 def forward(
@@ -106,8 +115,8 @@ def forward(
     first, last = layers or (0, config.layers)
     batch, length = tokens.shape[:2]
     taps = taps or Taps()
-    if at is not None and (taps.read or taps.replace):
-        raise ValueError("forward: `at` does not go with taps")
+    if at is not None and (taps.read or (taps.replace and last - first > 1)):
+        raise ValueError("forward: `at` does not go with taps, but in a range of one layer with `replace`")
     if positions is None:
         start = jnp.zeros((), jnp.int32) if cache is None else cache.length
         positions = jnp.broadcast_to(start + jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
@@ -115,7 +124,7 @@ def forward(
     sliding = config.sliding[first:last] or (False,) * (last - first)
     full, local = _views(config, positions, mask, cache, sliding)
 
-    x = _embedded(config, params, tokens) if first == 0 else tokens
+    x = embedded(config, params, tokens) if first == 0 else tokens
     if taps.embed_add is not None:
         x = x + taps.embed_add.astype(x.dtype)
 
@@ -140,8 +149,7 @@ def forward(
     x, cache_parts, read = walk(body, saving, x, cache, trees, taps.replace or {}, indices, (first, last), sliding, at)
 
     if last == config.layers:
-        norm_params = {"params": params["norm"]} if "norm" in params else {}
-        x = jnp.asarray(Norm(config.norm, config.norm_eps).apply(norm_params, x))
+        x = final_norm(config, params, x)
     after = None
     if cache is not None and segments_after is not None:
         after = Cache(*cache_parts, segments_after, cache.length + length)

@@ -58,7 +58,8 @@ class Model(NamedTuple):
       layers: (start, stop), default all. Composing two ranges gives the whole, so stopping a gradient between them
         stops the backward pass there.
       at: int [batch, reads], the positions whose hidden states are wanted: `hidden` is [batch, reads, hidden]. Where
-        layers are unrolled, the last one's work is done for them alone. Not with taps.
+        layers are unrolled, the last one's work is done for them alone. Not with taps; but in a range of one layer with
+        `replace`, whose positions then are those of `at`.
     `init_cache(batch, slots, dtype)`: an empty cache.
     `apart(tree, axis=0)`: base weights or an adapter as a loop over calls wants them. `forward` takes them too.
     `abstract(dtype)`: the abstract parameter tree. `head(params)`: the output embedding, [vocab, hidden].

@@ -5,24 +5,27 @@ the clean run put back, and asks how probable the answer has become. One forward
 work; here
 
 - what lies before the subject is run once: no noise reaches it, and restoring it changes nothing;
-- a restoration at layer l enters at layer l with the corrupted run's hidden states, so that one pass over the layers
-  carries a batch of restorations that grows on its way up;
+- a restoration enters at its lowest layer, with the corrupted run's hidden states;
 - a restoration at position t runs from t on (in blocks of a few positions): before it are the corrupted run's keys;
-- windows that begin at the same layer are one row until the first of them ends;
-- only the last position meets the vocabulary.
+- the last layer and the vocabulary are asked at the last position only.
+
+The restorations of a block run one layer and kind after another, each over all facts, draws and positions of the block.
+The program holds one layer's code per block, whatever the model's depth: a pass that carries all restorations up the
+layers together does the same work, and took minutes to compile.
 """
 
 import functools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 from unlearnjax_kernels.vocab_logsumexp import vocab_logsumexp
 
 from unlearnjax.models.cache import Cache
-from unlearnjax.models.protocol import Model, Taps
+from unlearnjax.models.config import ModelConfig, replace
+from unlearnjax.models.decoder import build, embedded, final_norm, head
+from unlearnjax.models.protocol import Output, Taps
 
 KINDS = ("hidden", "mlp", "attention")
 BLOCK = 4  # positions that are restored side by side, and so run from the same one on
@@ -64,176 +67,177 @@ def window_of(layer: int, layers: int, window: int) -> tuple[int, int]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))
-def mediate(model: Model, params: PyTree[Array], facts: Facts, kinds: tuple[str, ...], window: int) -> Mediated:
+def mediate(config: ModelConfig, params: PyTree[Array], facts: Facts, kinds: tuple[str, ...], window: int) -> Mediated:
     """The clean and the corrupted run, and every restoration.
 
     Args:
-      model: a decoder whose layers are unrolled. params: its weights, as `model.apart` gives them.
+      params: the decoder's weights, layers stacked.
       kinds: `hidden` puts a layer's output back; `mlp` and `attention` what this sub-layer adds to the residual stream,
         in a window of layers.
       window: how many layers.
     """
-    layers = model.config.layers
-    sites = tuple(kind for kind in kinds if kind != "hidden")
-    start = _before(model, params, facts)
-    clean = _clean(model, params, facts, start, ("hidden", *sites))
-    logits_at = functools.partial(_last, length=facts.rest_length)
-    logits = _logits(model, params, logits_at(clean.hidden))
+    start = _before(config, params, facts)
+    clean = _clean(config, params, facts, start, KINDS)
+    logits = _logits(params, _last(clean.hidden, facts.rest_length))
     answer = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    chance = jax.nn.softmax(logits, axis=-1)
-    p_clean = jnp.take_along_axis(chance, answer[:, None], axis=1)[:, 0]
+    p_clean = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), answer[:, None], axis=1)[:, 0]
 
-    draws = facts.noise.shape[1]
+    draws, length = facts.noise.shape[1:3]
     wide = functools.partial(jnp.repeat, repeats=draws, axis=0)
-    corrupted = model.forward(
-        params, None, wide(facts.rest), positions=wide(_positions(facts)), cache=_wide(start, draws),
-        taps=Taps(read=("hidden",), embed_add=_flat(facts.noise, 2)),
+    noise = _flat(facts.noise, 2)
+    corrupted = build(config, unroll=False).forward(
+        params, None, wide(facts.rest), positions=wide(_positions(facts)), cache=jax.tree.map(_repeated(draws), start),
+        taps=Taps(read=("hidden",), embed_add=noise),
     )  # fmt: skip
-    ask = functools.partial(_probability, model, params, facts, answer)
-    p_corrupted = ask(_unflat(corrupted.hidden, facts.noise.shape[:2]), 0)
     assert corrupted.cache is not None
+    entered = embedded(config, params, wide(facts.rest))
+    entering = jnp.concatenate([(entered + noise.astype(entered.dtype))[None], corrupted.taps["hidden"][:-1]])
+    at_last = jnp.take_along_axis(corrupted.hidden, wide(facts.rest_length)[:, None, None] - 1, axis=1)[:, 0]
+    p_corrupted = _probability(params, answer, _unflat(at_last, facts.noise.shape[:2]))
 
-    restored = {}
+    plan = _plan(kinds, config.layers, window)
+    entering = entering.reshape(config.layers, -1, draws, *entering.shape[2:])
+    runs = _Runs(config, params, facts, answer, clean.taps, entering, corrupted.cache)
+    blocks = [runs.block(plan, first, min(BLOCK, length - first)) for first in range(0, length, BLOCK)]
+    found = jnp.concatenate(blocks, axis=2)  # [restored layer of a kind, facts, positions]
+    restored, begin = {}, 0
     for kind in kinds:
-        own = _Kind(kind, layers, window)
-        run = functools.partial(_restore, model, params, facts, own, clean.taps, corrupted.taps, corrupted.cache)
-        blocks = []
-        for first in range(0, facts.rest.shape[1], BLOCK):
-            hidden = run(first, min(BLOCK, facts.rest.shape[1] - first))
-            blocks.append(ask(hidden, first))  # [facts, rows, positions]
-        rows = jnp.swapaxes(jnp.concatenate(blocks, axis=2), 1, 2)
-        scores = [rows[:, :, own.row_of[layer]] for layer in range(layers) if layer in own.row_of]
+        count = config.layers - (kind == "hidden")
+        own = jnp.moveaxis(found[begin : begin + count], 0, -1)
+        begin += count
         if kind == "hidden":
             # Above the last layer nothing mixes positions: putting the last one back is the clean run.
-            last = jnp.arange(facts.rest.shape[1])[None] == facts.rest_length[:, None] - 1
-            scores.append(jnp.where(last, p_clean[:, None], p_corrupted[:, None]))
-        restored[kind] = jnp.stack(scores, axis=-1)
+            last = jnp.arange(length)[None] == facts.rest_length[:, None] - 1
+            own = jnp.concatenate([own, jnp.where(last, p_clean[:, None], p_corrupted[:, None])[..., None]], axis=-1)
+        restored[kind] = own
     return Mediated(answer, p_clean, p_corrupted, restored)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def first_tokens(model: Model, params: PyTree[Array], facts: Facts) -> tuple[Array, Array]:
+def first_tokens(config: ModelConfig, params: PyTree[Array], facts: Facts) -> tuple[Array, Array]:
     """The most probable next token of each fact's prompt, and its probability: the clean run alone."""
-    clean = _clean(model, params, facts, _before(model, params, facts), ())
-    logits = _logits(model, params, _last(clean.hidden, facts.rest_length))
+    clean = _clean(config, params, facts, _before(config, params, facts), ())
+    logits = _logits(params, _last(clean.hidden, facts.rest_length))
     return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.max(jax.nn.softmax(logits, axis=-1), axis=-1)
 
 
-class _Kind:
-    """Which rows the pass up the layers carries: (first, stop) of the layers whose sub-layer is restored.
+class _Plan(NamedTuple):
+    """Restorations of a position, one per entry: where they enter, and the layers [low, high) at which the sub-layer
+    `site` (of KINDS) is put back; for `hidden` the state that enters is put back and nothing after it."""
 
-    For `hidden` a row is the layer it enters at, and nothing is restored after that.
-    """
+    enter: Int[Array, " n"]
+    low: Int[Array, " n"]
+    high: Int[Array, " n"]
+    site: Int[Array, " n"]
 
-    def __init__(self, kind: str, layers: int, window: int) -> None:
-        self.kind = kind
+
+def _plan(kinds: tuple[str, ...], layers: int, window: int) -> _Plan:
+    """In the order of the kinds, and of layers in each; the last layer's output is not among them."""
+    rows = []
+    for kind in kinds:
+        site = KINDS.index(kind)
         if kind == "hidden":
-            wanted = [(layer + 1, layer + 1) for layer in range(layers - 1)]
+            rows += [(layer + 1, 0, 0, site) for layer in range(layers - 1)]
         else:
-            wanted = [window_of(layer, layers, window) for layer in range(layers)]
-        self.rows: list[tuple[int, int]] = []
-        self.trunk: dict[int, tuple[int, int]] = {}  # by first layer: the longest, which the others leave on their way
-        for first, stop in sorted(set(wanted)):
-            self.trunk[first] = max(self.trunk.get(first, (first, stop)), (first, stop))
-        for layer in range(layers):
-            self.rows += self.entering(layer, set(wanted))
-        self.row_of = {layer: self.rows.index(row) for layer, row in enumerate(wanted)}
-
-    def entering(self, layer: int, wanted: set[tuple[int, int]]) -> list[tuple[int, int]]:
-        """The rows that start at a layer: a trunk at its first one, others where their window has ended."""
-        return sorted(row for row in wanted if (row[0] if row == self.trunk[row[0]] else row[1]) == layer)
+            windows = [window_of(layer, layers, window) for layer in range(layers)]
+            rows += [(low, low, high, site) for low, high in windows]
+    return _Plan(*(jnp.asarray(column, jnp.int32) for column in zip(*rows, strict=True)))
 
 
-def _restore(
-    model: Model, params: PyTree[Array], facts: Facts, kind: _Kind, clean: dict[str, Array],
-    corrupted: dict[str, Array], cache: Cache, first: int, count: int,
-) -> Array:  # fmt: skip
-    """Hidden states after the last layer, [facts, rows, positions restored, draws, rest - first, hidden]."""
-    many, draws, length = facts.noise.shape[:3]
-    seen = length - first
-    own = jnp.arange(seen)[None] == jnp.arange(count)[:, None]  # [position restored, position]
-    noisy = {layer: _unflat(x, (many, draws))[:, None, None, :, first:] for layer, x in enumerate(corrupted["hidden"])}
-    state: Array | None = None
-    rows: list[tuple[int, int]] = []
-    everything = set(kind.rows)
-    for layer in range(model.config.layers):
-        new = kind.entering(layer, everything)
-        if new and layer > 0:
-            entering = []
-            for row in new:
-                if row != kind.trunk[row[0]]:
-                    assert state is not None
-                    entering.append(state[:, rows.index(kind.trunk[row[0]])][:, None])
-                    continue
-                x = jnp.broadcast_to(noisy[layer - 1], (many, 1, count, draws, *noisy[0].shape[-2:]))
-                if kind.kind == "hidden":
-                    value = clean["hidden"][layer - 1][:, None, None, None, first:]
-                    x = jnp.where(own[None, None, :, None, :, None], value, x)
-                entering.append(x)
-            state = jnp.concatenate([*([] if state is None else [state]), *entering], axis=1)
-        rows += new
-        if not rows:
-            continue
-        shape = (many, len(rows), count, draws)
-        replace = None
-        active = jnp.asarray([row == kind.trunk[row[0]] and row[0] <= layer < row[1] for row in rows])
-        if kind.kind != "hidden" and any(row == kind.trunk[row[0]] and row[0] <= layer < row[1] for row in rows):
-            where = active[None, :, None, None, None] & own[None, None, :, None]
-            value = clean[kind.kind][layer][:, None, None, None, first:]
-            hidden = value.shape[-1]
-            replace = {
-                kind.kind: (
-                    _flat(jnp.broadcast_to(where, (*shape, seen)), 4)[None],
-                    _flat(jnp.broadcast_to(value, (*shape, seen, hidden)), 4)[None],
-                )
-            }
+class _Runs(NamedTuple):
+    """What all restorations share: `clean[site]` is [layers, facts, rest, hidden], `entering` what enters each layer in
+    the corrupted run, [layers, facts, draws, rest, hidden], and `cache` that run's."""
+
+    config: ModelConfig
+    params: PyTree[Array]
+    facts: Facts
+    answer: Int[Array, " facts"]
+    clean: dict[str, Float[Array, "layers facts rest hidden"]]
+    entering: Float[Array, "layers facts draws rest hidden"]
+    cache: Cache
+
+    def block(self, plan: _Plan, first: int, count: int) -> Float[Array, "n facts positions"]:
+        """The answer's probabilities with each of `count` positions from `first` on restored."""
+        if plan.enter.shape[0] == 0:
+            return jnp.zeros((0, self.facts.rest.shape[0], count), jnp.float32)
+        length, last = self.facts.rest.shape[1], self.config.layers - 1
+        own = jnp.arange(length - first)[None] == jnp.arange(count)[:, None]  # [position restored, position]
+        final = jnp.clip(self.facts.rest_length - 1 - first, 0, length - first - 1)  # of rows that have none: unused
+
+        def one(row: _Plan) -> Array:
+            x = _layer_of(self.entering, row.enter)[:, None, :, first:]  # [facts, positions, draws, rest, hidden]
+            put = _layer_of(self.clean["hidden"], jnp.maximum(row.enter - 1, 0))[:, None, None, first:]
+            x = jnp.where(own[None, :, None, :, None] & (row.site == 0), put, x)
+            x = jax.lax.fori_loop(row.enter, last, lambda layer, x: self._run(layer, x, row, own, first, None), x)
+            x = self._run(jnp.asarray(last), x, row, own, first, final)[..., 0, :]
+            return _probability(self.params, self.answer, final_norm(self.config, self.params, x))
+
+        return jax.lax.map(one, plan)
+
+    def _run(
+        self, layer: Array, x: Float[Array, "facts positions draws rest hidden"], row: _Plan,
+        own: Bool[Array, "positions rest"], first: int, at: Int[Array, " facts"] | None,
+    ) -> Array:  # fmt: skip
+        """One layer; with `at` its output at these positions only."""
+        shape = x.shape[:3]
         spread = functools.partial(_spread, shape=shape)
-        positions = spread((_positions(facts)[:, first:])[:, None, None, None])
-        noise = None
-        if layer == 0:
-            entered = spread(facts.rest[:, None, None, None, first:])
-            noise = spread(facts.noise[:, None, None, :, first:])
+        where, final = own[None], None
+        if at is not None:
+            final = at[:, None]
+            where = jnp.take_along_axis(jnp.broadcast_to(where, (shape[0], *own.shape)), at[:, None, None], axis=2)
+        inside = (row.low <= layer) & (layer < row.high)
+        taps = {}
+        for site in ("mlp", "attention"):
+            value = _layer_of(self.clean[site], layer)[:, first:]
+            value = value if final is None else jnp.take_along_axis(value, final[..., None], axis=1)
+            active = inside & (row.site == KINDS.index(site))
+            taps[site] = (spread((where & active)[:, :, None])[None], spread(value[:, None, None])[None])
+        cache = self._cut(layer, shape, first)
+        weights = jax.tree.map(lambda leaf: _layer_of(leaf, layer), self.params["layers"])
+
+        def run(slides: bool) -> Array:
+            # A model of three layers, whose middle one is run with this layer's weights: no embedding and no norm.
+            middle = replace(self.config, layers=3, sliding=(slides,) * 3 if self.config.sliding else ())
+            return build(middle, unroll=True).forward(
+                {"layers": (None, weights, None)}, None, _flat(x, 3), cache=cache, taps=Taps(replace=taps),
+                positions=spread(_positions(self.facts)[:, None, None, first:]), layers=(1, 2),
+                at=None if final is None else spread(final[:, None, None]),
+            ).hidden  # fmt: skip
+
+        kinds = set(self.config.sliding) or {False}
+        if len(kinds) == 1:
+            out = run(kinds.pop())
         else:
-            assert state is not None
-            entered = _flat(state, 4)
-        at = None
-        if layer == model.config.layers - 1 and replace is None:
-            last = jnp.clip(facts.rest_length - 1 - first, 0, seen - 1)
-            at = spread(last[:, None, None, None])[:, None]
-        out = model.forward(
-            params, None, entered, positions=positions, cache=_cut(cache, layer, shape, draws, length - first),
-            taps=Taps(embed_add=noise, replace=replace), layers=(layer, layer + 1), at=at,
-        )  # fmt: skip
-        state = _unflat(out.hidden, shape)
-    assert state is not None
-    return state
+            out = jax.lax.cond(jnp.asarray(self.config.sliding)[layer], lambda: run(True), lambda: run(False))
+        return _unflat(out, shape)
+
+    def _cut(self, layer: Array, shape: tuple[int, ...], first: int) -> Cache:
+        """A layer of the corrupted run's cache up to position `first`, one row per restoration."""
+        draws, slots = shape[2], self.cache.slots
+        begin = slots - self.facts.rest.shape[1] + first
+
+        def one(x: Array) -> Array:
+            return _spread(_unflat(x, (shape[0], draws))[:, None], shape)
+
+        written = jnp.where(jnp.arange(slots)[None] < begin, self.cache.segments, 0)
+        keys, values = (one(_layer_of(x[0], layer)) for x in (self.cache.keys, self.cache.values))
+        return Cache((None, keys, None), (None, values, None), one(written), jnp.asarray(begin, jnp.int32))  # type: ignore[arg-type]
+
+
+def _layer_of(x: Array, layer: Array) -> Array:
+    return jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
 
 
 def _spread(x: Array, shape: tuple[int, ...]) -> Array:
-    """[facts, 1 or rows, 1 or positions, 1 or draws, ...] to one batch."""
-    return _flat(jnp.broadcast_to(x, (*shape, *x.shape[4:])), 4)
+    """[facts, 1 or positions, 1 or draws, ...] to one batch."""
+    return _flat(jnp.broadcast_to(x, (*shape, *x.shape[3:])), 3)
 
 
-def _cut(cache: Cache, layer: int, shape: tuple[int, ...], draws: int, tail: int) -> Cache:
-    """The corrupted run's cache without its last `tail` positions, one row per restoration; of one layer only."""
-
-    def one(x: Array) -> Array:
-        return _spread(_unflat(x, (shape[0], draws))[:, None, None], shape)
-
-    slots = cache.slots
-    written = jnp.where(jnp.arange(slots)[None] < slots - tail, cache.segments, 0)
-
-    def parts(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
-        return tuple(one(x) if i == layer else x for i, x in enumerate(arrays))
-
-    return Cache(parts(cache.keys), parts(cache.values), one(written), jnp.asarray(slots - tail, jnp.int32))
-
-
-def _before(model: Model, params: PyTree[Array], facts: Facts) -> Cache:
+def _before(config: ModelConfig, params: PyTree[Array], facts: Facts) -> Cache:
     """The cache after what comes before the subject, with room for the rest."""
     many, width = facts.before.shape
-    dtype = model.head(params).dtype
-    cache = model.init_cache(many, width + facts.rest.shape[1], dtype)
+    model = build(config, unroll=False)
+    cache = model.init_cache(many, width + facts.rest.shape[1], head(params).dtype)
     if width == 0:
         return cache
     place = jnp.arange(width, dtype=jnp.int32)[None] - (width - facts.before_length[:, None])
@@ -245,21 +249,23 @@ def _before(model: Model, params: PyTree[Array], facts: Facts) -> Cache:
     return out.cache
 
 
-def _clean(model: Model, params: PyTree[Array], facts: Facts, start: Cache, read: Sequence[str]):  # type: ignore[no-untyped-def]
-    return model.forward(
-        params, None, facts.rest, positions=_positions(facts), cache=start, taps=Taps(read=tuple(read))
+def _clean(config: ModelConfig, params: PyTree[Array], facts: Facts, start: Cache, read: tuple[str, ...]) -> Output:
+    return build(config, unroll=False).forward(
+        params, None, facts.rest, positions=_positions(facts), cache=start, taps=Taps(read=read)
     )
+
+
+def _repeated(draws: int):  # type: ignore[no-untyped-def]
+    """Each row of a scanned cache's arrays `draws` times."""
+
+    def one(x: Array) -> Array:
+        return jnp.repeat(x, draws, axis=1 if x.ndim > 2 else 0) if x.ndim else x
+
+    return one
 
 
 def _positions(facts: Facts) -> Int[Array, "facts rest"]:
     return facts.before_length[:, None] + jnp.arange(facts.rest.shape[1], dtype=jnp.int32)[None]
-
-
-def _wide(cache: Cache, draws: int) -> Cache:
-    """Each row `draws` times."""
-    many = functools.partial(jnp.repeat, repeats=draws, axis=0)
-    keys, values = (tuple(map(many, x)) for x in (cache.keys, cache.values))
-    return Cache(keys, values, many(cache.segments), cache.length)
 
 
 def _flat(x: Array, axes: int) -> Array:
@@ -274,22 +280,15 @@ def _last(hidden: Float[Array, "facts length hidden"], length: Int[Array, " fact
     return jnp.take_along_axis(hidden, length[:, None, None] - 1, axis=1)[:, 0]
 
 
-def _logits(model: Model, params: PyTree[Array], hidden: Float[Array, "facts hidden"]) -> Float[Array, "facts vocab"]:
-    return jnp.einsum("fh,vh->fv", hidden, model.head(params), precision="highest").astype(jnp.float32)
+def _logits(params: PyTree[Array], hidden: Float[Array, "facts hidden"]) -> Float[Array, "facts vocab"]:
+    return jnp.einsum("fh,vh->fv", hidden, head(params), precision="highest").astype(jnp.float32)
 
 
 def _probability(
-    model: Model, params: PyTree[Array], facts: Facts, answer: Array, hidden: Array, first: int
-) -> Float[Array, "facts *rows"]:
-    """The answer's at the last position, its mean over draws; `hidden` is [facts, *rows, draws, rest - first, hidden],
-    or has that position alone."""
-    lead = hidden.ndim - 3
-    if hidden.shape[-2] > 1:
-        last = jnp.clip(facts.rest_length - 1 - first, 0, hidden.shape[-2] - 1)
-        last = last.reshape(-1, *(1,) * (lead + 2))
-        hidden = jnp.take_along_axis(hidden, last, axis=-2)
-    at_last = hidden[..., 0, :]
-    head = model.head(params)
-    row = head[answer].reshape(-1, *(1,) * lead, head.shape[1])
-    target = jnp.sum(at_last.astype(jnp.float32) * row.astype(jnp.float32), axis=-1)
-    return jnp.mean(jnp.exp(target - vocab_logsumexp(at_last, head)), axis=-1)
+    params: PyTree[Array], answer: Int[Array, " facts"], hidden: Float[Array, "facts *more draws hidden"]
+) -> Float[Array, "facts *more"]:
+    """The answer's, its mean over draws, where `hidden` are the final states at the last position."""
+    weights = head(params)
+    row = weights[answer].reshape(-1, *(1,) * (hidden.ndim - 2), weights.shape[1])
+    target = jnp.sum(hidden.astype(jnp.float32) * row.astype(jnp.float32), axis=-1)
+    return jnp.mean(jnp.exp(target - vocab_logsumexp(hidden, weights)), axis=-1)

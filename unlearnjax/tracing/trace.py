@@ -10,14 +10,15 @@ import numpy as np
 
 from unlearnjax.data.buckets import round_up
 from unlearnjax.errors import UserError, check_known
-from unlearnjax.models.decoder import build
+from unlearnjax.evaluation.batches import power_of_two
 from unlearnjax.models.language_model import LanguageModel
 from unlearnjax.tracing.facts import Skipped
 from unlearnjax.tracing.mediation import BLOCK, KINDS, Facts, first_tokens, mediate
 from unlearnjax.tracing.tokens import Located
 
-# Tokens of all restorations of a call in its last layers: a CPU's caches hold few, an accelerator is fed by more.
-CPU_TOKENS_AT_ONCE, TOKENS_AT_ONCE = 2**13, 2**16
+# Tokens that go through a layer together: a CPU's caches hold few, an accelerator is fed by more.
+CPU_TOKENS_AT_ONCE, TOKENS_AT_ONCE = 2**12, 2**16
+BEFORE = 16  # what comes before a subject is padded to a multiple of it
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,13 @@ def traced(record: dict[str, Any]) -> Traced:
 
 
 class Group(NamedTuple):
-    """Facts that run together, by their places in the caller's list, and the lengths they are padded to."""
+    """Facts that run together, by their places in the caller's list, and the lengths and the number they are padded
+    to: every distinct one is compiled."""
 
     places: list[int]
     before: int
     rest: int
+    many: int
 
 
 class Tracer:
@@ -106,8 +109,7 @@ class Tracer:
         self.located, self.settings, self.mesh = located, settings, mesh
         self.window = default_window(lm.config.layers) if settings.window is None else settings.window
         self.tokenizer, self.config = lm.require_tokenizer(), lm.config
-        self.model = build(lm.config, unroll=True)
-        self.params = self.model.apart(lm.params)
+        self.params = lm.params
         self.sigma = settings.noise * self._spread_of_subjects(lm) if located else 0.0
         if tokens_at_once is None:
             tokens_at_once = CPU_TOKENS_AT_ONCE if jax.default_backend() == "cpu" else TOKENS_AT_ONCE
@@ -125,7 +127,7 @@ class Tracer:
         """The places of the facts whose first token the model gets right, and the others with what it says."""
         right, wrong = [], []
         for group in self.groups(range(len(self.located)), restored=False):
-            ids, chance = (np.asarray(x) for x in first_tokens(self.model, self.params, self._batch(group)))
+            ids, chance = (np.asarray(x) for x in first_tokens(self.config, self.params, self._batch(group)))
             for place, token, p in zip(group.places, ids, chance, strict=False):
                 says, expected = self.tokenizer.decode([int(token)]).strip(), self.located[place].expected
                 if says in expected:
@@ -143,21 +145,20 @@ class Tracer:
         by_lengths: dict[tuple[int, int], list[int]] = {}
         for place in places:
             x = self.located[place]
-            lengths = (round_up(x.begin, BLOCK), round_up(len(x.ids) - x.begin, BLOCK))
+            lengths = (round_up(max(x.begin, 1), BEFORE), round_up(len(x.ids) - x.begin, BLOCK))
             by_lengths.setdefault(lengths, []).append(place)
         found = []
         for (before, rest), own in sorted(by_lengths.items(), key=lambda item: -sum(item[0])):
-            rows = self.settings.draws * BLOCK * self.config.layers if restored else 1
-            many = max(1, self.tokens_at_once // (rows * rest))
-            many = min(many, len(own))
+            rows = self.settings.draws * BLOCK if restored else 1
+            many = min(max(1, self.tokens_at_once // (rows * rest)), power_of_two(len(own)))
             if self.mesh is not None:
                 many = round_up(many, self.mesh.size)
-            found += [Group(own[i : i + many], before, rest) for i in range(0, len(own), many)]
+            found += [Group(own[i : i + many], before, rest, many) for i in range(0, len(own), many)]
         return found
 
     def run(self, group: Group) -> list[Traced]:
         """Trace the facts of a group."""
-        got = jax.device_get(mediate(self.model, self.params, self._batch(group), self.settings.kinds, self.window))
+        got = jax.device_get(mediate(self.config, self.params, self._batch(group), self.settings.kinds, self.window))
         return [self._traced(self.located[place], i, got) for i, place in enumerate(group.places)]
 
     def _traced(self, x: Located, i: int, got: Any) -> Traced:
@@ -175,10 +176,9 @@ class Tracer:
         )
 
     def _batch(self, group: Group) -> Facts:
-        """The arrays of a call; it is filled up with its first fact to a number of facts that its siblings have."""
+        """The arrays of a call, filled up with its first fact."""
         facts = [self.located[place] for place in group.places]
-        if self.mesh is not None:
-            facts += [facts[0]] * (round_up(len(facts), self.mesh.size) - len(facts))
+        facts += [facts[0]] * (group.many - len(facts))
         many, hidden = len(facts), self.config.hidden_size
         before, rest = np.zeros((many, group.before), np.int32), np.zeros((many, group.rest), np.int32)
         noise = np.zeros((many, self.settings.draws, group.rest, hidden), np.float32)
