@@ -15,6 +15,7 @@ from unlearnjax.models.vision.classifier import load_classifier
 from unlearnjax.recipes.images.data import ImageSources
 from unlearnjax.recipes.images.parse import image_recipe_from
 from unlearnjax.recipes.images.run import run_images
+from unlearnjax.recipes.images.scoring import Scorer
 from unlearnjax.recipes.images.store import Store
 from unlearnjax.report.images import read_images_report
 from unlearnjax.training.interrupt import Interrupted, Stop
@@ -138,6 +139,27 @@ def test_an_interrupted_run_keeps_its_candidates(made, tmp_path):
     assert (tmp_path / "out" / "candidates" / "a" / "delta.safetensors").stat().st_mtime_ns == before
     whole = run_images(**{**call, "out": tmp_path / "whole"})
     assert report["models"] == whole["models"]
+
+
+def test_a_killed_run_does_not_search_again(made, tmp_path, monkeypatch):
+    merges = [{"method": "consensus"}, {"method": "uniform"}]
+    recipe = image_recipe_from({**RECIPE, "merges": merges}, "r.yml")
+    call = {"model": str(made / "model"), "sources": sources(made), "recipe": recipe, "progress": False}
+    sweep, calls = Scorer.sweep, []
+
+    def dies(self, start, delta):
+        calls.append(delta)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return sweep(self, start, delta)
+
+    monkeypatch.setattr(Scorer, "sweep", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run_images(**call, out=tmp_path / "out")
+    report = run_images(**call, out=tmp_path / "out", resume=True)
+    assert len(calls) == 3  # of the second merge, again
+    whole = run_images(**call, out=tmp_path / "whole")
+    assert report["models"] == whole["models"] and report["merges"] == whole["merges"]
 
 
 def test_a_candidate_of_other_settings_is_trained_anew_on_resume(made, tmp_path):

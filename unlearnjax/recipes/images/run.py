@@ -25,6 +25,7 @@ from unlearnjax.recipes.images.data import ImageSources, Splits, describe
 from unlearnjax.recipes.images.directions import direction, greedy_soup, sparsity
 from unlearnjax.recipes.images.schema import ImageMerge, ImageRecipe, to_plain
 from unlearnjax.recipes.images.scoring import Scorer
+from unlearnjax.recipes.images.searched import Searched
 from unlearnjax.recipes.images.select import Judge, Scores, choose, gap
 from unlearnjax.recipes.images.store import Store
 from unlearnjax.recipes.images.subjects import Subjects, load_subjects
@@ -55,7 +56,8 @@ def run_images(
       out: a new or empty folder. It gets candidates/ (task vectors), baselines/, model/ (the chosen merge subtracted),
         recipe.yml, report.json and report.html. report.json comes last.
       gold: a classifier that was trained without the forget images, to be close to.
-      resume: go on with the unfinished run in `out`: candidates and baselines that were finished are kept.
+      resume: go on with the unfinished run in `out`: candidates, baselines and scores along lambda that are there are
+        kept.
       stop: see `unlearnjax.training.interrupt.catch_signals`.
 
     Returns:
@@ -88,6 +90,9 @@ class _Job:
         self.store = Store(out / "candidates", self.start, self.subject.fixed)
         self.scorer = Scorer(recipe.selection, subjects, splits)
         self.described = describe(splits)
+        selection = {k: v for k, v in to_plain(recipe)["selection"].items() if k not in ("rule", "keep")}
+        known = {**self.origin(), "selection": selection, "scored": self.described}
+        self.searched = Searched(out / CHECKPOINTS / "searched", known, progress)
         self.warnings: list[str] = []
 
     def origin(self) -> dict[str, Any]:
@@ -190,7 +195,9 @@ class _Job:
         entries, found = [], []
         singles: dict[str, tuple[list[Scores], Any]] | None = None
         if any(m.method in ("best_single", "greedy") for m in self.recipe.merges):
+            self.searched.expect(len(names))
             singles = {name: self.search(name, self.store.delta(name), judge) for name in names}
+        self.searched.expect(sum(m.method != "best_single" for m in self.recipe.merges))
         for wanted in self.recipe.merges:
             of = [name for name in names if wanted.of is None or name in wanted.of]
             entry: dict[str, Any] = {"name": wanted.name, "method": wanted.method, "semantics": wanted.semantics,
@@ -209,6 +216,7 @@ class _Job:
             else:
                 found.append((entry, delta, choice.cost))
             entries.append(entry)
+        self.searched.close()
         return entries, found
 
     def made(
@@ -225,6 +233,7 @@ class _Job:
             return self.store.delta(order[0]), {"members": [order[0]]}
 
         def cost(delta: Any) -> float:
+            self.searched.expect(1)
             choice = self.search("a soup", delta, judge)[1]
             return float("inf") if isinstance(choice, UserError) else choice.cost
 
@@ -235,7 +244,7 @@ class _Job:
         """All lambdas of a direction on validation data, and the rule's choice (or why there is none)."""
         if self.stop is not None and self.stop.signum:
             raise Interrupted(self.stop.signum, f"while lambda was searched for {name}")
-        points = self.scorer.sweep(self.start, delta)
+        points = self.searched.points(delta, lambda: self.scorer.sweep(self.start, delta))
         try:
             return points, choose(judge, self.recipe.selection.lambdas, points)
         except UserError as error:

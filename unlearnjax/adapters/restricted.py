@@ -1,0 +1,80 @@
+"""Full-rank training of some layers and sub-layers, everything else frozen (Selective Amnesia; last-k layers)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from unlearnjax.adapters.protocol import Adapter
+from unlearnjax.errors import UserError, check_known
+from unlearnjax.models.config import ModelConfig
+from unlearnjax.models.protocol import Variables
+from unlearnjax.training.hyperparameters import Hyperparameters
+
+MODULES: dict[str, tuple[str, ...] | None] = {"mlp": ("mlp",), "self_attn": ("attention",), "all": None}
+
+
+def restricted(config: ModelConfig, layers: Sequence[int], modules: str = "mlp") -> Adapter:
+    """Train the parameters of some layers.
+
+    Args:
+      config: the decoder's sizes. layers: which, counted from 0. modules: `mlp`, `self_attn` (with its norms of queries
+        and keys, and its biases) or `all` of a layer, its norms too.
+
+    The trainable tree is {"layers": {block: ...}}, float32 copies stacked over the chosen layers: optimizer state is for
+    these alone. `apply` gives layers taken apart (`Model.apart`), for a model whose layers are unrolled: the frozen
+    ones stay the base's own arrays, shared by all candidates, and there is no backward pass below the lowest trained
+    one. Embeddings, head and final norm stay frozen.
+
+    Raises:
+      UserError: no layer, one that the model does not have, one given twice, or unknown modules.
+    """
+    chosen = sorted(layers)
+    check_known([modules], MODULES, "modules", "adapter")
+    if not chosen:
+        raise UserError("adapter: layers names no layer; give at least one")
+    for layer in chosen:
+        if not 0 <= layer < config.layers:
+            raise UserError(f"adapter: layer {layer} of a model with {config.layers}; give 0 to {config.layers - 1}")
+    if len(set(chosen)) < len(chosen):
+        raise UserError(f"adapter: layers names a layer twice: {', '.join(map(str, layers))}")
+    place = {layer: j for j, layer in enumerate(chosen)}
+
+    def blocks(own: dict[str, Any]) -> dict[str, Any]:
+        wanted = MODULES[modules]
+        return {name: tree for name, tree in own.items() if wanted is None or name in wanted}
+
+    def one(params: PyTree[Array], layer: int) -> dict[str, Any]:
+        """The base's layer."""
+        stacked = params["layers"]
+        own: dict[str, Any] = (
+            stacked[layer] if isinstance(stacked, tuple) else jax.tree.map(lambda x: x[layer], stacked)
+        )
+        return own
+
+    def picked(params: PyTree[Array]) -> PyTree[Array]:
+        """The base's values of what trains, float32."""
+        trees = [blocks(one(params, layer)) for layer in chosen]
+        return {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves).astype(jnp.float32), *trees)}
+
+    def init(key: Array, params: PyTree, h: Hyperparameters) -> PyTree:
+        return picked(params)
+
+    def apply(params: PyTree, trainable: PyTree, h: Hyperparameters) -> Variables:
+        def layer_of(i: int) -> dict[str, Any]:
+            own = one(params, i)
+            if i not in place:
+                return own
+            mine = jax.tree.map(lambda t, p: t[place[i]].astype(p.dtype), trainable["layers"], blocks(own))
+            return {**own, **mine}
+
+        return Variables({**params, "layers": tuple(layer_of(i) for i in range(config.layers))})
+
+    def delta(params: PyTree, trainable: PyTree, h: Hyperparameters) -> PyTree:
+        rows = jnp.asarray(chosen, jnp.int32)
+        changed = jax.tree.map(lambda t, p: t - p, trainable, picked(params))
+        return jax.tree.map(lambda x: jnp.zeros((config.layers, *x.shape[1:]), x.dtype).at[rows].set(x), changed)
+
+    return Adapter(f"{modules} of layers {', '.join(map(str, chosen))}", init, apply, delta, trains_head=False)
