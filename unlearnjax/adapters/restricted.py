@@ -23,8 +23,8 @@ def restricted(config: ModelConfig, layers: Sequence[int], modules: str = "mlp")
       config: the decoder's sizes. layers: which, counted from 0. modules: `mlp`, `self_attn` (with its norms of queries
         and keys, and its biases) or `all` of a layer, its norms too.
 
-    The trainable tree is {"layers": {block: ...}}, float32 copies stacked over the chosen layers: optimizer state is for
-    these alone. `apply` gives layers taken apart (`Model.apart`), for a model whose layers are unrolled: the frozen
+    The trainable tree is {"layers": {block: ...}}, float32 copies stacked over the chosen layers: optimizer state is
+    for these alone. `apply` gives layers taken apart (`Model.apart`), for a model whose layers are unrolled: the frozen
     ones stay the base's own arrays, shared by all candidates, and there is no backward pass below the lowest trained
     one. Embeddings, head and final norm stay frozen.
 
