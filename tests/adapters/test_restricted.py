@@ -51,9 +51,8 @@ def gradient_of(adapter, base):
     h = index(stack([SETTINGS]), 0)
     state = init_state(adapter, base, h)
     rows = jnp.arange(4, dtype=jnp.int32)
-    work = Work(
-        {"forget": rows, "retain": rows}, jnp.zeros(4, jnp.int32), jnp.asarray([1.0, 0, 0, 0]), jnp.asarray(True)
-    )
+    weight, flags = jnp.asarray([1.0, 0.0, 0.0, 0.0]), (jnp.asarray(True), jnp.asarray(0), jnp.asarray(1.0))
+    work = Work({"forget": rows, "retain": rows}, jnp.zeros(4, jnp.int32), weight, *flags, jnp.asarray(False))
 
     def loss(trainable):
         return loss_of(own, base, trainable, stores, work, h, state, 12, 8)[0]

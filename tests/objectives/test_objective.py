@@ -40,7 +40,7 @@ def test_a_term_of_weight_zero_cannot_poison_a_candidate():
         "retain": Scores(jnp.zeros((2, 2, 3)), jnp.full((2, 2), -2.0), jnp.zeros((2, 2))),
     }
     weight = jnp.asarray([1.0, 0.0], jnp.float32)
-    loss, parts = evaluate(objective(["ga", "gdr"]), scores, {"forget": s, "retain": s}, weight, h)
+    loss, (parts, _) = evaluate(objective(["ga", "gdr"]), scores, {"forget": s, "retain": s}, weight, h)
     assert float(loss) == 2.0
     assert float(parts["gdr"]) == 2.0
 

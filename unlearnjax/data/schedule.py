@@ -36,6 +36,9 @@ class Step(NamedTuple):
     micro_weight: np.ndarray  # float32 [N, R]: what each micro-batch's loss counts in its update; they sum to 1
     update: np.ndarray  # bool [N]: the candidate's accumulation is full after this step
     epoch: int
+    share: np.ndarray | None = None  # float32 [N], of the learning rate in its update; None: all of it
+    restart: np.ndarray | None = None  # bool [N]: after its update the optimizer is as new; None: never
+    epochs: np.ndarray | None = None  # int32 [N], where candidates are not all in the same epoch
 
 
 class Schedule(NamedTuple):

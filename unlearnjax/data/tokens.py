@@ -35,6 +35,14 @@ def pack(rows: Sequence[Sequence[int]], answer_start: Sequence[int]) -> Tokens:
     return Tokens(flat, start, length, np.maximum(np.asarray(answer_start, np.int32), 1))
 
 
+def pooled(forget: Tokens, retain: Tokens) -> Tokens:
+    """One side of both: the forget rows, then the retain rows."""
+    starts = np.concatenate([forget.start, retain.start + len(forget.flat)]).astype(np.int32)
+    flat, length, answers = (np.concatenate([getattr(forget, f), getattr(retain, f)]) for f in
+                             ("flat", "length", "answer_start"))  # fmt: skip
+    return Tokens(flat, starts, length, answers)
+
+
 def tokenize(
     rows: Sequence[Row],
     tokenizer: Any,
@@ -104,18 +112,20 @@ class Reference(NamedTuple):
 
 
 class Store(NamedTuple):
-    """One side (forget or retain) on the device."""
+    """One side (forget, retain, ...) on the device. In a pool of both the retain set's rows begin at `border`."""
 
     flat: Int[Array, " tokens"]
     start: Int[Array, " rows"]
     length: Int[Array, " rows"]
     answer_start: Int[Array, " rows"]
     reference: Reference
+    border: Int[Array, ""] | None = None
 
 
-def to_device(tokens: Tokens, reference: Reference | None = None) -> Store:
+def to_device(tokens: Tokens, reference: Reference | None = None, border: int | None = None) -> Store:
     flat, start, length, answer_start = (jnp.asarray(x, jnp.int32) for x in tokens)
-    return Store(flat, start, length, answer_start, reference or Reference())
+    edge = None if border is None else jnp.asarray(border, jnp.int32)
+    return Store(flat, start, length, answer_start, reference or Reference(), edge)
 
 
 class Every(NamedTuple):
@@ -143,6 +153,7 @@ class Side(NamedTuple):
     every: Every | None = None
     inside: Bool[Array, "rows width"] | None = None  # False at padding
     layer_hidden: Float[Array, "rows width hidden"] | None = None
+    retained: Bool[Array, " rows"] | None = None  # of a pool: True where the row is the retain set's
 
 
 def gather(
@@ -174,6 +185,8 @@ def gather(
     named = ("expectation", "negative_entropy", "others_expectation", "others_log_odds")
     held = {name: x[answer] for name in named if (x := getattr(r, name)) is not None and answer is not None}
     held["inside"] = inside
+    if store.border is not None:
+        held["retained"] = index >= store.border
     if r.every_layer is not None:
         held["layer_hidden"] = r.every_layer[where]
     if r.every_expectation is not None and r.every_negative_entropy is not None:

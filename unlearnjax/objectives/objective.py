@@ -4,8 +4,9 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from unlearnjax_kernels.vocab_logsumexp import vocab_logsumexp, vocab_logsumexp_and_mean, vocab_max
 
 from unlearnjax.data.tokens import Side
@@ -15,6 +16,7 @@ from unlearnjax.objectives.dpo import dpo, idk
 from unlearnjax.objectives.ga import forget_ce, ga
 from unlearnjax.objectives.npo import npo, npo_mean
 from unlearnjax.objectives.pdu import bound, margin
+from unlearnjax.objectives.pooled import pool_ga, pool_retain, pool_retain_rows, row_ga, row_retain
 from unlearnjax.objectives.protocol import Scores, Term
 from unlearnjax.objectives.retain import gdr, klr, klr_all
 from unlearnjax.objectives.rmu import rmu, rmu_retain
@@ -24,7 +26,10 @@ from unlearnjax.training.hyperparameters import Hyperparameters
 
 _FORGET = (ga, forget_ce, npo, npo_mean, simnpo, dpo, idk, wga, satimp, undial, ceu, margin, rmu)
 _RETAIN = (gdr, klr, klr_all, bound, rmu_retain)
-TERMS: dict[str, Term] = {t.name: t for t in (*_FORGET, *_RETAIN)}
+_POOL = (pool_ga, pool_retain, pool_retain_rows, row_ga, row_retain)
+TERMS: dict[str, Term] = {t.name: t for t in (*_FORGET, *_RETAIN, *_POOL)}
+
+Memory = Mapping[str, Mapping[str, Float[Array, ""]]]  # by term: what a candidate carries from step to step for it
 
 # Names that stand for a sum; open-unlearning and the papers use them for whole methods.
 SHORTHANDS: dict[str, dict[str, float]] = {
@@ -42,6 +47,9 @@ SHORTHANDS: dict[str, dict[str, float]] = {
     "rmu": {"rmu": 1.0, "rmu_retain": 1.0},
     "pdu": {"margin": 1.0, "bound": 1.0},
     "zjuklab": {"npo": 0.4, "gdr": 0.2, "klr": 0.4},
+    "selective_amnesia": {"pool_ga": 1.0, "pool_retain": 1.0},
+    "sugd": {"row_ga": 1.0, "row_retain": 0.5},
+    "agad": {"row_ga": 1.0, "row_retain": 1.0},
 }
 
 
@@ -56,8 +64,8 @@ class Objective(NamedTuple):
 
     @property
     def sides(self) -> tuple[str, ...]:
-        """The sides read, in a fixed order, retain last."""
-        return tuple(s for s in ("forget", "idk", "retain") if any(s in (t.side, t.beside) for t in self.terms))
+        """The sides read, in a fixed order: of forget and retain, retain last."""
+        return tuple(s for s in ("forget", "idk", "retain", "pool") if any(s in (t.side, t.beside) for t in self.terms))
 
     @property
     def shallow(self) -> bool:
@@ -145,18 +153,33 @@ def evaluate(
     micro_weight: Float[Array, " micro"],
     h: Hyperparameters,
     multipliers: Mapping[str, Float[Array, ""]] = MappingProxyType({}),
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """The step's share of its update's loss, and each term's before its weight and multiplier."""
+    memory: Memory = MappingProxyType({}),
+    epoch: Int[Array, ""] | None = None,
+) -> tuple[Float[Array, ""], tuple[dict[str, Float[Array, ""]], Memory]]:
+    """The step's share of its update's loss; each term's before its weight and multiplier; and what the terms remember
+    after it.
+
+    Args:
+      memory, epoch: for terms that remember.
+    """
+    after = dict(memory)
     total = jnp.zeros((), jnp.float32)
     parts = {}
     for term in objective.terms:
         own = scores[term.side]
         if term.beside is not None:
             own = own._replace(beside=(scores[term.beside], sides[term.beside]))
-        parts[term.name] = jnp.sum(micro_weight * term.loss(own, sides[term.side], h))
+        losses = term.loss(own, sides[term.side], h)
+        parts[term.name] = jnp.sum(micro_weight * losses)
+        counted = parts[term.name]
+        if term.weigh is not None and term.remember is not None:
+            assert epoch is not None
+            known = jax.lax.stop_gradient(losses)
+            counted = jnp.sum(micro_weight * term.weigh(known, memory[term.name], epoch, h) * losses)
+            after[term.name] = term.remember(known, sides[term.side], epoch, memory[term.name])
         # A term that a candidate does not use must not reach it, not even as 0 * inf.
         weight = h.term_weights[term.name]
         if term.name in multipliers:
             weight = jnp.where(weight == 0.0, 0.0, weight * multipliers[term.name])
-        total = total + jnp.where(weight == 0.0, 0.0, weight * jnp.where(weight == 0.0, 0.0, parts[term.name]))
-    return total, parts
+        total = total + jnp.where(weight == 0.0, 0.0, weight * jnp.where(weight == 0.0, 0.0, counted))
+    return total, (parts, after)

@@ -38,8 +38,12 @@ class Term(NamedTuple):
 
     `loss(scores, side, h) -> [micro]`: the loss of each micro-batch in the step (0 where there is none); the objective
       weighs them so that an update sees the mean over its micro-batches.
-    `side`: the rows it reads: `forget`, `idk` (the forget prompts with answers to prefer) or `retain`.
+    `side`: the rows it reads: `forget`, `idk` (the forget prompts with answers to prefer), `retain`, or `pool`, where
+      micro-batches mix forget and retain rows.
     `beside`: another side it reads; `needs` and `reads` hold for both.
+    `remember`: (losses [micro], side, epoch, memory) -> memory, what a candidate carries from step to step for the
+      term, as scalars that start at 0 under the names of `memory`.
+    `weigh`: (losses, memory, epoch, h) -> [micro], by what the losses are multiplied; no gradient goes through it.
     `needs`: what it asks of the frozen base, computed once before training: `nll` (per row), `distribution` (E_q[w] and
       the negative entropy per answer token), `others` (per answer token, the target left out), `every` (as
       `distribution`, for every token), `layer` (one layer's output, for every token).
@@ -56,6 +60,9 @@ class Term(NamedTuple):
     reads: frozenset[str] = frozenset()
     parameters: Mapping[str, float] = MappingProxyType({})
     beside: str | None = None
+    memory: tuple[str, ...] = ()
+    remember: Callable[[Array, Side, Array, Mapping[str, Array]], dict[str, Array]] | None = None
+    weigh: Callable[[Array, Mapping[str, Array], Array, Hyperparameters], Array] | None = None
 
 
 def tokens_of(side: Side) -> Float[Array, " micro"]:

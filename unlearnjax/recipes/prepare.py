@@ -204,6 +204,9 @@ def prepare(recipe: Recipe, model: LanguageModel, data: Data, sources: Sources) 
     resolve_targets(recipe.adapter.targets, model.config, "recipe: adapter")
     terms = {name for c in recipe.candidates for name, w in dict(c.objective).items() if w != 0}  # type: ignore[arg-type]
     wanted = objective(terms, model.config.layers, recipe.training.layer)
+    if "pool" in wanted.sides:
+        names = ", ".join(t.name for t in wanted.terms if t.side == "pool")
+        raise UserError(f"recipe: {names} need micro-batches that mix forget and retain rows, which no recipe has yet")
     texts = {"forget": (data.forget, sources.forget), "retain": (data.retain, sources.retain)}
     if "idk" in wanted.sides:
         file = recipe.training.idk

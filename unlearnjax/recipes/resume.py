@@ -143,6 +143,8 @@ def _schedule_sha256(schedule: Schedule) -> str:
             yield "shape", np.asarray([step.width, step.answers, step.epoch])
             yield from step.rows.items()
             yield from (("micro", step.micro), ("weight", step.micro_weight), ("update", step.update))
+            more = (("share", step.share), ("restart", step.restart), ("epochs", step.epochs))
+            yield from ((name, array) for name, array in more if array is not None)
 
     return _sha256(arrays())
 

@@ -74,7 +74,12 @@ class Result(NamedTuple):
 
 def work_of(step: Step) -> Work:
     rows = {name: jnp.asarray(r) for name, r in step.rows.items()}
-    return Work(rows, jnp.asarray(step.micro), jnp.asarray(step.micro_weight), jnp.asarray(step.update))
+    n = len(step.update)
+    share = np.ones(n, np.float32) if step.share is None else step.share
+    restart = np.zeros(n, bool) if step.restart is None else step.restart
+    epochs = np.full(n, step.epoch, np.int32) if step.epochs is None else step.epochs
+    columns = (step.micro, step.micro_weight, step.update, epochs, share, restart)
+    return Work(rows, *map(jnp.asarray, columns))
 
 
 def _record(curves: list[Curve], pending: list[dict[str, float]], step: Step, got: Metrics, alive: np.ndarray) -> None:
@@ -190,7 +195,8 @@ def train(
 
 def fresh_states(task: Task, params: PyTree, h: Hyperparameters) -> State:
     """All candidates before their first step."""
-    return jax.jit(jax.vmap(lambda c: init_state(task.adapter, params, c)))(h)
+    memory = {t.name: t.memory for t in task.objective.terms if t.memory}
+    return jax.jit(jax.vmap(lambda c: init_state(task.adapter, params, c, memory)))(h)
 
 
 def _where(done: int, total: int, keeper: Keeper | None) -> str:

@@ -12,7 +12,7 @@ from unlearnjax.adapters.protocol import Adapter
 from unlearnjax.data.tokens import Store, gather
 from unlearnjax.models.layers import pick
 from unlearnjax.models.protocol import Dropout, Model
-from unlearnjax.objectives.objective import Objective, evaluate, score, unscored
+from unlearnjax.objectives.objective import Memory, Objective, evaluate, score, unscored
 from unlearnjax.training.hyperparameters import Hyperparameters
 from unlearnjax.training.state import State, apply_update, choose
 
@@ -34,6 +34,9 @@ class Work(NamedTuple):
     micro: Int[Array, " rows"]
     micro_weight: Float[Array, " rows"]
     update: Bool[Array, ""]
+    epoch: Int[Array, ""]
+    share: Float[Array, ""]  # of the learning rate
+    restart: Bool[Array, ""]  # of the optimizer, after the step's update
 
 
 class Metrics(NamedTuple):
@@ -47,7 +50,7 @@ class Metrics(NamedTuple):
 def loss_of(
     task: Task, params: PyTree, trainable: PyTree, stores: dict[str, Store], work: Work, h: Hyperparameters,
     state: State, width: int, answers: int,
-) -> tuple[Float[Array, ""], dict[str, Array]]:  # fmt: skip
+) -> tuple[Float[Array, ""], tuple[dict[str, Array], Memory]]:  # fmt: skip
     """The forward pass over both sides' rows at once, the token scores at the answers, the weighted terms."""
     sides = task.objective.sides
     variables = task.adapter.apply(params, trainable, h)
@@ -81,7 +84,10 @@ def loss_of(
             reads = task.objective.reads(side)
             own = score(part, head, gathered[side][2], task.adapter.trains_head, every, reads)
             scores[side] = own._replace(layer_hidden=middle)
-    return evaluate(task.objective, scores, {s: gathered[s][2] for s in sides}, work.micro_weight, h, state.multipliers)
+    return evaluate(
+        task.objective, scores, {s: gathered[s][2] for s in sides}, work.micro_weight, h, state.multipliers,
+        state.memory, work.epoch,
+    )  # fmt: skip
 
 
 def accumulate(
@@ -90,7 +96,7 @@ def accumulate(
 ) -> tuple[State, Metrics]:  # fmt: skip
     """One candidate's gradient of one step, added to what it has accumulated."""
     wrt = lambda t: loss_of(task, params, t, stores, work, h, state, width, answers)  # noqa: E731
-    (loss, terms), gradient = jax.value_and_grad(wrt, has_aux=True)(state.trainable)
+    (loss, (terms, memory)), gradient = jax.value_and_grad(wrt, has_aux=True)(state.trainable)
     active = jnp.any(next(iter(work.rows.values())) >= 0)
     alive = state.alive & (jnp.isfinite(loss) | ~active)
     summed = jax.tree.map(lambda a, g: a + g, state.gradient, gradient)
@@ -99,6 +105,7 @@ def accumulate(
         micro_steps=state.micro_steps + active.astype(jnp.int32),
         alive=alive,
         violations={t: v + jnp.where(active & alive, terms[t], 0.0) for t, v in state.violations.items()},
+        memory=choose(active & alive, dict(memory), state.memory),
     )
     return after, Metrics(loss, terms, jnp.zeros((), jnp.float32))
 
@@ -139,7 +146,7 @@ def step(
         states, metrics = jax.lax.map(lambda x: one(*x), (states, work, h), batch_size=group)
 
     def update(states: State) -> tuple[State, Array]:
-        return jax.vmap(apply_update)(states, work.update, h)
+        return jax.vmap(apply_update)(states, work.update, h, work.share, work.restart)
 
     def skip(states: State) -> tuple[State, Array]:
         return states, jnp.zeros(work.update.shape, jnp.float32)
