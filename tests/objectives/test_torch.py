@@ -51,7 +51,16 @@ def make_side(base, head, targets):
     without, others = vocab_logsumexp_and_mean(base, head, without=ids)
     nll = jnp.sum(jnp.where(mask, total - logit, 0.0), axis=1)
     every = Every(jnp.asarray(mask), mean, entropy)
-    return Side(ids, jnp.asarray(mask), jnp.asarray(assign), nll, mean, entropy, others, logit - without, every)
+    retained = jnp.asarray([_retained(row) for row in range(ROWS)])
+    return Side(
+        ids, jnp.asarray(mask), jnp.asarray(assign), nll, mean, entropy, others, logit - without, every,
+        retained=retained,
+    )  # fmt: skip
+
+
+def _retained(row):
+    """Of a pool: whether the row is the retain set's."""
+    return row % 2 == 1
 
 
 def torch_term(name, hidden, base, head, targets):
@@ -101,6 +110,13 @@ def torch_term(name, hidden, base, head, targets):
             out_of = logits.detach().clone()
             out_of[range(len(target)), target] = -torch.inf
             loss = -(torch.softmax(out_of, -1) * logp).sum(-1)[at[1] >= own["skip"]].mean()
+        elif name in ("pool_ga", "pool_retain", "pool_retain_rows"):
+            kept = ce[torch.tensor([_retained(int(r)) == (name != "pool_ga") for r in row])]
+            loss = (kept.mean() if len(kept) else 0.0 * ce.sum()) * (-1 if name == "pool_ga" else 1)
+        elif name in ("row_ga", "row_retain"):
+            factor = [(1.0 if _retained(r) else 0.0) if name == "row_retain" else _retained(r) - 1.0 for r in rows]
+            means = torch.stack([ce[row == r].mean() for r in rows])
+            loss = (torch.tensor(factor, dtype=ce.dtype) * means).mean()
         out.append(loss)
     return torch.stack(out)
 

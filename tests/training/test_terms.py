@@ -143,5 +143,5 @@ def test_layers_that_no_term_can_read_are_refused():
     for layer in (0, 2):
         with pytest.raises(UserError, match=f"layer {layer} of a model with 2; give one from 1 to 1"):
             objective(["rmu"], 2, layer)
-    assert objective(TERMS, 2).sides == ("forget", "idk", "retain")
+    assert objective(TERMS, 2).sides == ("forget", "idk", "retain", "pool")
     assert objective(["dpo"]).sides == ("forget", "idk") and objective(["idk"]).sides == ("idk",)
