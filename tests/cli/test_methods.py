@@ -1,7 +1,14 @@
 """`unlearnjax methods` lists every method, and says of one all that can be given to it."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 from unlearnjax.cli.main import main
 from unlearnjax.merging import methods
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_every_method_is_listed_with_its_definitions(capsys):
@@ -24,3 +31,12 @@ def test_a_method_is_described_in_full(capsys):
 def test_a_misspelt_method(capsys):
     assert main(["methods", "teis"]) == 2
     assert "unknown method 'teis'; did you mean 'ties'?" in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    command = f"{sys.executable} -m unlearnjax.cli.main methods | true"
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run(
+        command, shell=True, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": paths}
+    )  # fmt: skip
+    assert done.stderr == ""

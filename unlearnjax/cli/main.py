@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -132,7 +133,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM.
+    """Run a command line; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM, 141 where
+    nobody reads its output any more.
 
     Either signal stops training and evaluation in order: with what was done saved. A second one ends the process at
     once.
@@ -156,11 +158,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.stop = Stop()
             with catch_signals(arguments.stop, commands.say):
                 arguments.run(arguments)
+            sys.stdout.flush()
     except UserError as error:
         print(f"unlearnjax: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         return commands.interrupted(arguments, error)
+    except BrokenPipeError:
+        # Whoever read the output has gone (`| head`): nothing is wrong, and Python must not try to write the rest.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     return 0
 
 
