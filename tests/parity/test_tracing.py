@@ -1,11 +1,15 @@
 """Causal tracing against hooks on transformers' models: one forward pass per restoration, the same noise."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
 
+from unlearnjax.models.abstract import init_params
+from unlearnjax.models.config import ModelConfig
+from unlearnjax.models.decoder import build
 from unlearnjax.models.language_model import load_model
 from unlearnjax.tracing.mediation import KINDS, Facts, mediate, window_of
 
@@ -113,6 +117,19 @@ def test_scores_are_those_of_hooks(family, tmp_path):
             np.testing.assert_allclose(scores[: span[0]], corrupted, atol=1e-6)
             seen.append(np.abs(scores - corrupted).max())
     assert max(seen) > 0.05  # there is something to see
+
+
+def test_a_single_layer():
+    """Nothing is between its hidden states and the answer; its sub-layers still can be put back."""
+    config = ModelConfig("olmo", 61, 32, 48, 1, 4, 4, 8, "layer")
+    params = init_params(build(config).abstract(jnp.float32), jax.random.key(0))
+    noise = np.random.RandomState(1).randn(DRAWS, 3, 32).astype(np.float32)
+    got = mediate(config, params, _facts(noise, 32), ("hidden",), 1)
+    for i, (ids, (begin, _)) in enumerate(PROMPTS):
+        scores = np.asarray(got.restored["hidden"][i])[: len(ids) - begin, 0]
+        np.testing.assert_allclose(scores[:-1], got.corrupted[i])
+        np.testing.assert_allclose(scores[-1], got.clean[i])
+    assert mediate(config, params, _facts(noise, 32), ("mlp",), 1).restored["mlp"].shape == (4, 7, 1)
 
 
 def test_windows_are_romes():

@@ -141,7 +141,7 @@ def _plan(kinds: tuple[str, ...], layers: int, window: int) -> _Plan:
         else:
             windows = [window_of(layer, layers, window) for layer in range(layers)]
             rows += [(low, low, high, site) for low, high in windows]
-    return _Plan(*(jnp.asarray(column, jnp.int32) for column in zip(*rows, strict=True)))
+    return _Plan(*jnp.asarray(rows, jnp.int32).reshape(-1, 4).T)
 
 
 class _Runs(NamedTuple):
@@ -281,7 +281,7 @@ def _last(hidden: Float[Array, "facts length hidden"], length: Int[Array, " fact
 
 
 def _logits(params: PyTree[Array], hidden: Float[Array, "facts hidden"]) -> Float[Array, "facts vocab"]:
-    return jnp.einsum("fh,vh->fv", hidden, head(params), precision="highest").astype(jnp.float32)
+    return jnp.einsum("fh,vh->fv", hidden, head(params), precision="highest", preferred_element_type=jnp.float32)
 
 
 def _probability(
