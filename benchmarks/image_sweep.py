@@ -39,7 +39,7 @@ def one_way(way: str, merges: int, rows: int, widths: list[int], laps: int) -> d
     directions = [
         jax.tree.map(lambda x: 0.1 * rng.standard_normal(x.shape, np.float32), subject.trained) for _ in range(merges)
     ]
-    lambdas = np.linspace(0, 1, LAMBDAS)
+    lambdas = np.linspace(0, 1, LAMBDAS).tolist()
 
     def lap() -> Scored:
         if way != "obvious loop":
