@@ -82,12 +82,11 @@ def ours(folder: str, way: str, n: int, updates: int) -> tuple[dict[str, Any], C
     lap()
     first = time.perf_counter() - begin
 
-    def answer(question: str) -> Any:
-        if question == "lap":
-            return lap()
+    def after() -> dict[str, Any]:
         return {"losses": np.asarray(lap.losses)[0].tolist(), **bench.memory(bench.jax_peak_mib())}  # type: ignore[attr-defined]
 
-    return {"mapping": mapping._asdict(), "first_call_seconds": first, "device": jax.devices()[0].device_kind}, answer
+    about = {"mapping": mapping._asdict(), "first_call_seconds": first, "device": jax.devices()[0].device_kind}
+    return about, bench.answers(lap, after)
 
 
 def theirs(folder: str, n: int, updates: int) -> tuple[dict[str, Any], Callable[[str], Any]]:
@@ -140,12 +139,10 @@ def theirs(folder: str, n: int, updates: int) -> tuple[dict[str, Any], Callable[
 
     lap()
 
-    def answer(question: str) -> Any:
-        if question == "lap":
-            return lap()
+    def after() -> dict[str, Any]:
         return {"losses": lap.losses, **bench.memory()}  # type: ignore[attr-defined]
 
-    return {"threads": torch.get_num_threads(), "device": device}, answer
+    return {"threads": torch.get_num_threads(), "device": device}, bench.answers(lap, after)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ apart, which must be less than 1e-4.
 """
 
 import argparse
+import dataclasses
 import tempfile
 import time
 from collections.abc import Callable
@@ -76,7 +77,7 @@ def ours(folder: str, count: int) -> tuple[dict[str, Any], Callable[[str], Any]]
         def decode(self, ids: list[int]) -> str:
             return str(ids[0])
 
-    object.__setattr__(lm, "tokenizer", Ids())
+    lm = dataclasses.replace(lm, tokenizer=Ids())
     own = [Located(Fact(str(i), "", "", None), ids, begin, end, frozenset())
            for i, (ids, begin, end) in enumerate(facts(count, lm.config.vocab_size))]  # fmt: skip
     tracer = Tracer(lm, own, Settings(KINDS, WINDOW, 1.0, DRAWS))
@@ -94,15 +95,13 @@ def ours(folder: str, count: int) -> tuple[dict[str, Any], Callable[[str], Any]]
     lap()
     first = time.perf_counter() - begin
 
-    def answer(question: str) -> Any:
-        if question == "lap":
-            return lap()
+    def after() -> dict[str, Any]:
         scores = [np.concatenate([t.restored[k].ravel() for k in KINDS]).tolist() for t in lap.found]  # type: ignore[attr-defined]
         return {"scores": scores, **bench.memory(bench.jax_peak_mib())}
 
     about = {"first_call_seconds": first, "programs": len({(g.before, g.rest, g.many) for g in groups}),
              "calls": len(groups), "device": jax.devices()[0].device_kind}  # fmt: skip
-    return about, answer
+    return about, bench.answers(lap, after)
 
 
 def theirs(folder: str, count: int) -> tuple[dict[str, Any], Callable[[str], Any]]:
@@ -160,12 +159,10 @@ def theirs(folder: str, count: int) -> tuple[dict[str, Any], Callable[[str], Any
 
     traced(*own[0])
 
-    def answer(question: str) -> Any:
-        if question == "lap":
-            return lap()
+    def after() -> dict[str, Any]:
         return {"scores": lap.found, **bench.memory()}  # type: ignore[attr-defined]
 
-    return {"threads": torch.get_num_threads(), "device": device}, answer
+    return {"threads": torch.get_num_threads(), "device": device}, bench.answers(lap, after)
 
 
 def main() -> None:

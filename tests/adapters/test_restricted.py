@@ -75,7 +75,7 @@ def test_the_gradient_is_full_trainings_at_what_trains(base, modules, blocks):
 
 def test_there_is_no_backward_pass_below_the_lowest_trained_layer(base):
     flops = [gradient_of(restricted(CONFIG, layers), base)[1] for layers in ([3], [1], [0])]
-    assert flops[0] < 0.75 * flops[1] < 0.75 * 1.2 * flops[2]
+    assert flops[0] < 0.75 * flops[1] and flops[1] < 0.95 * flops[2]
 
 
 def test_optimizer_state_is_for_what_trains(base):

@@ -60,7 +60,7 @@ def ours(folder, sequence, weights, layers, modules, rate, decay):
         "lora_alpha": 1, "lora_rank": 1, "dropout": 0.0, "init_seed": 0,
     }  # fmt: skip
     h = stack([settings])
-    stores = stores_for(model, params, {"forget": forget, "pool": pool}, wanted)
+    stores = stores_for(model, params, {"pool": pool}, wanted)
     result = train(Task(model, adapter, wanted, False), params, stores, schedule, h)
     delta = adapter.delta(params, jax.tree.map(lambda x: x[0], result.states.trainable), index(h, 0))
     return result.curves[0], delta, params

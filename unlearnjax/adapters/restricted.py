@@ -10,6 +10,7 @@ from jaxtyping import Array, PyTree
 from unlearnjax.adapters.protocol import Adapter
 from unlearnjax.errors import UserError, check_known
 from unlearnjax.models.config import ModelConfig
+from unlearnjax.models.decoder import layer_of
 from unlearnjax.models.protocol import Variables
 from unlearnjax.training.hyperparameters import Hyperparameters
 
@@ -46,31 +47,23 @@ def restricted(config: ModelConfig, layers: Sequence[int], modules: str = "mlp")
         wanted = MODULES[modules]
         return {name: tree for name, tree in own.items() if wanted is None or name in wanted}
 
-    def one(params: PyTree[Array], layer: int) -> dict[str, Any]:
-        """The base's layer."""
-        stacked = params["layers"]
-        own: dict[str, Any] = (
-            stacked[layer] if isinstance(stacked, tuple) else jax.tree.map(lambda x: x[layer], stacked)
-        )
-        return own
-
     def picked(params: PyTree[Array]) -> PyTree[Array]:
         """The base's values of what trains, float32."""
-        trees = [blocks(one(params, layer)) for layer in chosen]
+        trees = [blocks(layer_of(params["layers"], layer)) for layer in chosen]
         return {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves).astype(jnp.float32), *trees)}
 
     def init(key: Array, params: PyTree, h: Hyperparameters) -> PyTree:
         return picked(params)
 
     def apply(params: PyTree, trainable: PyTree, h: Hyperparameters) -> Variables:
-        def layer_of(i: int) -> dict[str, Any]:
-            own = one(params, i)
+        def mixed(i: int) -> dict[str, Any]:
+            own: dict[str, Any] = layer_of(params["layers"], i)
             if i not in place:
                 return own
             mine = jax.tree.map(lambda t, p: t[place[i]].astype(p.dtype), trainable["layers"], blocks(own))
             return {**own, **mine}
 
-        return Variables({**params, "layers": tuple(layer_of(i) for i in range(config.layers))})
+        return Variables({**params, "layers": tuple(mixed(i) for i in range(config.layers))})
 
     def delta(params: PyTree, trainable: PyTree, h: Hyperparameters) -> PyTree:
         rows = jnp.asarray(chosen, jnp.int32)

@@ -5,23 +5,22 @@ from pathlib import Path
 
 from unlearnjax.cli.commands import say
 
-KINDS = ("hidden", "mlp", "attention")
-
 
 def add_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model", required=True, help="a model folder or hub id")
     text = "rows with prompt, subject and attribute (the first token of the answer), or with input and output"
     p.add_argument("--facts", required=True, metavar="F", help=f"JSON, JSONL, parquet or a hub data set: {text}")
     p.add_argument("--out", required=True, help="a new or empty folder")
-    p.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="what is restored (default: all)")
+    text = "what is restored: hidden, mlp, attention (default: all)"
+    p.add_argument("--kinds", nargs="+", metavar="K", default=["hidden", "mlp", "attention"], help=text)
     text = "layers restored together, of mlp and attention (default: 10 of 48)"
     p.add_argument("--window", type=int, help=text)
     p.add_argument("--noise", type=float, default=3.0, help="in standard deviations of the embeddings (default: 3)")
     p.add_argument("--draws", type=int, default=10, help="of noise for each fact (default: 10)")
     p.add_argument("--seed", type=int, default=1, help="of the noise (default: 1)")
     text = "how effects are averaged: as ROME defines them, or as Selective Amnesia's figures do (default: rome)"
-    p.add_argument("--semantics", choices=("rome", "sha256"), default="rome", help=text)
-    p.add_argument("--by", choices=KINDS, default="mlp", help="what the layers are recommended by (default: mlp)")
+    p.add_argument("--semantics", default="rome", help=f"rome or sha256: {text}")
+    p.add_argument("--by", metavar="K", default="mlp", help="what the layers are recommended by (default: mlp)")
     p.add_argument("--width", type=int, help="how many layers to recommend (default: 3 of 8)")
     p.add_argument("--most", type=int, metavar="N", help="trace the first N facts that the model knows (default: all)")
     p.add_argument("--dtype", default="float32", help="of the weights: float32, bfloat16 or float16")

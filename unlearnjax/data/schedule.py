@@ -136,7 +136,7 @@ def plan(
     if order == "published":
         steps = _end_early(steps, paces, len(next(iter(lengths.values()))))
     steps, updates = _mark_updates(steps, paces, per_step)
-    return Schedule(steps, updates, *_waste(sides, steps))
+    return Schedule(steps, updates, *waste(sides, steps))
 
 
 def _plan_pairs(sides: dict[str, Tokens], paces: Sequence[Pace], buckets: int, order: str, seed: int) -> Schedule:
@@ -147,7 +147,7 @@ def _plan_pairs(sides: dict[str, Tokens], paces: Sequence[Pace], buckets: int, o
     planned = plan(alone, paces, buckets=buckets, order=order, seed=seed)
     steps = [s._replace(rows={name: s.rows["forget" if name == "idk" else name] for name in sides})
              for s in planned.steps]  # fmt: skip
-    return Schedule(steps, planned.updates, *_waste(sides, steps))
+    return Schedule(steps, planned.updates, *waste(sides, steps))
 
 
 def _plan_epoch(
@@ -258,7 +258,8 @@ def _mark_updates(steps: list[Step], paces: Sequence[Pace], per_step: list[int])
     return done, update.sum(axis=0)
 
 
-def _waste(sides: dict[str, Tokens], steps: Sequence[Step]) -> tuple[float, float]:
+def waste(sides: dict[str, Tokens], steps: Sequence[Step]) -> tuple[float, float]:
+    """A schedule's `padding_share` and `idle_share`."""
     room = used = slots = held = 0
     for step in steps:
         for name, rows in step.rows.items():

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from unlearnjax.data.buckets import choose_widths, fit, round_up
-from unlearnjax.data.schedule import Schedule, Step
+from unlearnjax.data.schedule import Schedule, Step, waste
 from unlearnjax.data.tokens import Tokens
 from unlearnjax.errors import UserError
 
@@ -128,15 +128,4 @@ def lockstep(pool: Tokens, sequences: Sequence[Sequence[Micro]], buckets: int = 
         shape = (width, answers[width])
         steps.append(Step(*shape, {"pool": rows}, alone, weight, update, int(epochs.max()), share, restart, epochs))
     updates = np.asarray([sum(m.update for m in own) for own in sequences])
-    return Schedule(steps, updates, *_waste(pool, steps))
-
-
-def _waste(pool: Tokens, steps: Sequence[Step]) -> tuple[float, float]:
-    """(share of padding among the tokens of slots that hold a row, share of slots that hold none)"""
-    used = room = held = slots = 0
-    for step in steps:
-        rows = step.rows["pool"]
-        there = rows[rows >= 0]
-        used, room = used + int(pool.length[there].sum()), room + there.size * step.width
-        held, slots = held + there.size, slots + rows.size
-    return 1 - used / max(room, 1), 1 - held / max(slots, 1)
+    return Schedule(steps, updates, *waste({"pool": pool}, steps))

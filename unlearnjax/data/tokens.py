@@ -18,6 +18,7 @@ class Tokens(NamedTuple):
     start: np.ndarray  # int32 [rows]
     length: np.ndarray  # int32 [rows]
     answer_start: np.ndarray  # int32 [rows], at least 1: the first token has nothing to be predicted from
+    border: int | None = None  # of a pool (`pooled`): where the retain set's rows begin
 
     @property
     def answer_length(self) -> np.ndarray:
@@ -40,7 +41,7 @@ def pooled(forget: Tokens, retain: Tokens) -> Tokens:
     starts = np.concatenate([forget.start, retain.start + len(forget.flat)]).astype(np.int32)
     flat, length, answers = (np.concatenate([getattr(forget, f), getattr(retain, f)]) for f in
                              ("flat", "length", "answer_start"))  # fmt: skip
-    return Tokens(flat, starts, length, answers)
+    return Tokens(flat, starts, length, answers, len(forget.length))
 
 
 def tokenize(
@@ -122,9 +123,9 @@ class Store(NamedTuple):
     border: Int[Array, ""] | None = None
 
 
-def to_device(tokens: Tokens, reference: Reference | None = None, border: int | None = None) -> Store:
-    flat, start, length, answer_start = (jnp.asarray(x, jnp.int32) for x in tokens)
-    edge = None if border is None else jnp.asarray(border, jnp.int32)
+def to_device(tokens: Tokens, reference: Reference | None = None) -> Store:
+    flat, start, length, answer_start = (jnp.asarray(x, jnp.int32) for x in tokens[:4])
+    edge = None if tokens.border is None else jnp.asarray(tokens.border, jnp.int32)
     return Store(flat, start, length, answer_start, reference or Reference(), edge)
 
 

@@ -16,10 +16,9 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from unlearnjax.errors import UserError
-from unlearnjax.evaluation.batches import Batch
 from unlearnjax.io.atomic import staged_file
 
 
@@ -82,7 +81,18 @@ class Records:
             self.path = None
 
 
-def recorded(records: Records | None, batch: Batch, run: Callable[[Batch], Any]) -> Any:
+class Placed(Protocol):
+    """A batch, as far as records ask."""
+
+    @property
+    def places(self) -> list[int]:
+        """Of its rows in the list of all rows."""
+
+
+Work = TypeVar("Work", bound=Placed)
+
+
+def recorded(records: Records | None, batch: Work, run: Callable[[Work], Any]) -> Any:
     """What `run` makes of the batch: from the records if it is there, else computed and recorded."""
     if records is None:
         return run(batch)

@@ -167,7 +167,7 @@ def _unrolled(
     for place, i in enumerate(range(first, last)):
         # What follows the last layer's keys and values is read at these positions only, and computed there only.
         asked = at if i == last - 1 else None
-        variables = {name: _layer(tree, i) for name, tree in trees.items()}
+        variables = {name: layer_of(tree, i) for name, tree in trees.items()}
         xs = (variables, jax.tree.map(lambda leaf, place=place: leaf[place], replace), indices[place])
         slots = None if cache is None else Slots(keys[i], values[i], None, cache.length)
         x, slots, seen = saving(functools.partial(body, slides=sliding[place], at=asked))(x, slots, xs)
@@ -201,7 +201,7 @@ def _scanned(
     return x, ((), ()) if stored is None else ((stored[0],), (stored[1],)), read
 
 
-def _layer(tree: PyTree[Array], i: int) -> PyTree[Array]:
+def layer_of(tree: PyTree[Array], i: int) -> PyTree[Array]:
     """Layer i of a stack, or of layers taken apart."""
     return tree[i] if isinstance(tree, tuple) else jax.tree.map(lambda leaf: leaf[i], tree)
 

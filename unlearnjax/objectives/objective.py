@@ -172,11 +172,11 @@ def evaluate(
         losses = term.loss(own, sides[term.side], h)
         parts[term.name] = jnp.sum(micro_weight * losses)
         counted = parts[term.name]
-        if term.weigh is not None and term.remember is not None:
+        if term.adaptive is not None:
             assert epoch is not None
             known = jax.lax.stop_gradient(losses)
-            counted = jnp.sum(micro_weight * term.weigh(known, memory[term.name], epoch, h) * losses)
-            after[term.name] = term.remember(known, sides[term.side], epoch, memory[term.name])
+            counted = jnp.sum(micro_weight * term.adaptive.weigh(known, memory[term.name], epoch, h) * losses)
+            after[term.name] = term.adaptive.remember(known, sides[term.side], epoch, memory[term.name])
         # A term that a candidate does not use must not reach it, not even as 0 * inf.
         weight = h.term_weights[term.name]
         if term.name in multipliers:

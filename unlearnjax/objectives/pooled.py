@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from unlearnjax.data.tokens import Side
-from unlearnjax.objectives.protocol import Scores, Term, row_sums, token_mean
+from unlearnjax.objectives.protocol import Adaptive, Scores, Term, row_sums, token_mean
 from unlearnjax.training.hyperparameters import Hyperparameters
 
 ADAPTIVE = {"a": 0.3, "b": 6.0, "c": 0.8, "least": 1.2, "most": 2.3}
@@ -65,10 +65,8 @@ def _adaptive(name: str, by_rows: bool) -> Term:
         later = multiplier(losses, memory["sum"] / jnp.maximum(memory["count"], 1.0), own)
         return jnp.where(epoch == 0, own["least"], later)
 
-    return Term(
-        name, "pool", frozenset(), _descent, parameters=ADAPTIVE, memory=("sum", "count"), remember=remember,
-        weigh=weigh,
-    )  # fmt: skip
+    adaptive = Adaptive(("sum", "count"), remember, weigh)
+    return Term(name, "pool", frozenset(), _descent, parameters=ADAPTIVE, adaptive=adaptive)
 
 
 pool_ga = Term("pool_ga", "pool", frozenset(), _ascent)

@@ -33,6 +33,19 @@ class Scores(NamedTuple):
     beside: "tuple[Scores, Side] | None" = None
 
 
+class Adaptive(NamedTuple):
+    """A term's weight that depends on what its losses were.
+
+    `names`: of what a candidate carries from step to step for the term, scalars that start at 0: its memory.
+    `remember(losses [micro], side, epoch, memory) -> memory`. `weigh(losses, memory, epoch, h) -> [micro]`: by what the
+    losses are multiplied. No gradient goes through either.
+    """
+
+    names: tuple[str, ...]
+    remember: Callable[[Array, Side, Array, Mapping[str, Array]], dict[str, Array]]
+    weigh: Callable[[Array, Mapping[str, Array], Array, Hyperparameters], Array]
+
+
 class Term(NamedTuple):
     """A term of the objective.
 
@@ -41,9 +54,7 @@ class Term(NamedTuple):
     `side`: the rows it reads: `forget`, `idk` (the forget prompts with answers to prefer), `retain`, or `pool`, where
       micro-batches mix forget and retain rows.
     `beside`: another side it reads; `needs` and `reads` hold for both.
-    `remember`: (losses [micro], side, epoch, memory) -> memory, what a candidate carries from step to step for the
-      term, as scalars that start at 0 under the names of `memory`.
-    `weigh`: (losses, memory, epoch, h) -> [micro], by what the losses are multiplied; no gradient goes through it.
+    `adaptive`: how its weight follows its losses.
     `needs`: what it asks of the frozen base, computed once before training: `nll` (per row), `distribution` (E_q[w] and
       the negative entropy per answer token), `others` (per answer token, the target left out), `every` (as
       `distribution`, for every token), `layer` (one layer's output, for every token).
@@ -60,9 +71,7 @@ class Term(NamedTuple):
     reads: frozenset[str] = frozenset()
     parameters: Mapping[str, float] = MappingProxyType({})
     beside: str | None = None
-    memory: tuple[str, ...] = ()
-    remember: Callable[[Array, Side, Array, Mapping[str, Array]], dict[str, Array]] | None = None
-    weigh: Callable[[Array, Mapping[str, Array], Array, Hyperparameters], Array] | None = None
+    adaptive: Adaptive | None = None
 
 
 def tokens_of(side: Side) -> Float[Array, " micro"]:

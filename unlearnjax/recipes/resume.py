@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 import unlearnjax
 from unlearnjax.data.rows import fingerprint as rows_fingerprint
 from unlearnjax.data.schedule import Schedule
+from unlearnjax.data.tokens import Tokens
 from unlearnjax.errors import UserError
 from unlearnjax.io.atomic import remove_left_overs, require_free
 from unlearnjax.recipes.describe import describe_hardware
@@ -98,7 +99,7 @@ def run_fingerprint(
         "recipe": dict(recipe),
         "data": {name: rows_fingerprint(items) for name, items in data._asdict().items() if items is not None},
         **model,
-        "tokens": {side: _sha256(tokens._asdict().items()) for side, tokens in prepared.sides.items()},
+        "tokens": {side: _sha256(_arrays(tokens)) for side, tokens in prepared.sides.items()},
         "schedule": _schedule_sha256(prepared.schedule),
     }
 
@@ -124,6 +125,10 @@ def model_fingerprint(params: PyTree) -> dict[str, Any]:
 def weights_sha256(tree: PyTree) -> str:
     """Of all leaves of a pytree with their names, dtypes and shapes."""
     return _sha256(leaf_names(tree).items())
+
+
+def _arrays(tokens: Tokens) -> Iterable[tuple[str, Any]]:
+    return ((name, x) for name, x in tokens._asdict().items() if x is not None)
 
 
 def _sha256(arrays: Iterable[tuple[str, Any]]) -> str:

@@ -1,26 +1,28 @@
 """The job that `unlearnjax trace` does: where a model's facts live, by causal mediation, with a page that shows it."""
 
+import dataclasses
 import datetime
 import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import unlearnjax
 from unlearnjax.errors import UserError, check_known
-from unlearnjax.evaluation.journal import Journal
+from unlearnjax.evaluation.journal import Journal, recorded
 from unlearnjax.io.atomic import remove_left_overs, staged_file
-from unlearnjax.io.huggingface import check_dtype
+from unlearnjax.io.huggingface import check_dtype, load_params, resolve
 from unlearnjax.io.locks import lock_folder
-from unlearnjax.models.language_model import LanguageModel, load_model
+from unlearnjax.models.language_model import LanguageModel
 from unlearnjax.recipes.describe import describe_hardware
+from unlearnjax.recipes.prepare import without_weights
 from unlearnjax.recipes.progress import bars, say_by_warning, stage
 from unlearnjax.recipes.resume import Kind, claim, model_fingerprint
+from unlearnjax.report.schema import write_json
 from unlearnjax.report.trace import FILE, complete, render_trace_html
-from unlearnjax.tracing.effects import SEMANTICS, effects, recommend
+from unlearnjax.tracing.effects import SEMANTICS, check_width, effects, recommend
 from unlearnjax.tracing.facts import load_facts
 from unlearnjax.tracing.tokens import locate
 from unlearnjax.tracing.trace import Settings, Traced, Tracer, traced
@@ -80,18 +82,22 @@ def run_trace(
     if most is not None and most < 1:
         raise UserError(f"trace: most must be at least 1, not {most}")
     found, skipped = load_facts(facts)
-    lm = load_model(model, dtype) if isinstance(model, str) else model
+    # The weights are read last: everything else about the input is cheap to check.
+    folder = resolve(model) if isinstance(model, str) else None
+    lm = without_weights(folder, str(model)) if folder is not None else model
+    assert isinstance(lm, LanguageModel)
     layers = lm.config.layers
     width = default_width(layers) if width is None else width
-    if not 1 <= width <= layers:
-        raise UserError(f"trace: a range of {width} layers in a model with {layers}; give 1 to {layers}")
+    check_width(width, layers)
     located, missing = locate(found, lm.require_tokenizer(), lm.config.max_positions)
     skipped += missing
     _check_left(located, skipped, facts)
 
+    if folder is not None:
+        lm = dataclasses.replace(lm, params=load_params(folder, lm.config, dtype))
     tracer = Tracer(lm, located, settings)
-    of_model = model_fingerprint(lm.params)
-    journal = Journal(out / TRACE.meanwhile, {**of_model, "settings": asdict(settings)}, say or say_by_warning)
+    fingerprint = {**model_fingerprint(lm.params), "settings": dataclasses.asdict(settings)}
+    journal = Journal(out / TRACE.meanwhile, fingerprint, say or say_by_warning)
     journal.folder.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(journal.folder)
     try:
@@ -112,7 +118,7 @@ def run_trace(
                 "hardware": describe_hardware(),
                 "model": lm.source,
                 "layers": layers,
-                "settings": {**asdict(settings), "window": tracer.window, "sigma": tracer.sigma},
+                "settings": {**dataclasses.asdict(settings), "window": tracer.window, "sigma": tracer.sigma},
                 "counts": {"given": sum(counts.values()), **counts, "traced": len(traces)},
                 "skipped": [s._asdict() for s in skipped],
                 "effects": effects(traces, semantics),
@@ -123,8 +129,7 @@ def run_trace(
             path.write_text("".join(json.dumps(t.plain()) + "\n" for t in traces), encoding="utf-8")
         with staged_file(out / "trace.html") as path:
             path.write_text(render_trace_html(report, traces), encoding="utf-8")
-        with staged_file(out / FILE) as path:
-            path.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        write_json(out / FILE, report)
         journal.remove()
     finally:
         if lock >= 0:
@@ -145,12 +150,8 @@ def _traced(
     records = journal.records("facts", facts=[[*x.ids, x.begin, x.end] for x in tracer.located])
     found: dict[int, Traced] = {}
     for group in tracer.groups(known):
-        key = tuple(group.places)
-        if key not in records.found:
-            own = [t.plain() for t in tracer.run(group)]
-            records.add(group.places, own)
-            records.found[key] = own
-        found |= zip(group.places, map(traced, records.found[key]), strict=True)
+        own = recorded(records, group, lambda g: [t.plain() for t in tracer.run(g)])
+        found |= zip(group.places, map(traced, own), strict=True)
         if report is not None:
             report(len(group.places))
     return [found[place] for place in known]

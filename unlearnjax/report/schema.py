@@ -200,10 +200,10 @@ def write_json(path: Path, found: Any) -> None:
         beside.unlink(missing_ok=True)
 
 
-def located(path: str | Path) -> Path:
+def located(path: str | Path, file: str = FILE) -> Path:
     """A report's file, given as the file or as the folder that holds it."""
     path = Path(path)
-    return path / FILE if path.is_dir() else path
+    return path / file if path.is_dir() else path
 
 
 def read_json(path: Path) -> Any:
@@ -215,7 +215,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; a run writes {FILE} into its output folder") from None
+        raise UserError(f"{path}: no such file; a run writes {path.name} into its output folder") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:

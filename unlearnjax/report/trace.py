@@ -9,6 +9,7 @@ from unlearnjax.report import charts, checks, schema, tables
 from unlearnjax.report.heat import heat_map
 from unlearnjax.report.markup import Markup, element
 from unlearnjax.report.page import header, page, section
+from unlearnjax.tracing.effects import SUBJECT
 from unlearnjax.tracing.trace import Traced
 
 FILE, SCHEMA, VERSION = "trace.json", "unlearnjax.trace", 1
@@ -57,8 +58,7 @@ def read_trace(path: str | Path) -> dict[str, Any]:
     Raises:
       UserError: no such file, broken JSON, or not such a report.
     """
-    place = Path(path).expanduser()
-    place = place / FILE if place.is_dir() else place
+    place = schema.located(path, FILE)
     found = schema.read_json(place)
     if not isinstance(found, dict) or found.get("schema") != SCHEMA or found.get("version") != VERSION:
         raise UserError(f"{place}: is not a trace of version {VERSION}; give what `unlearnjax trace` wrote")
@@ -122,7 +122,7 @@ def _curves(report: Mapping[str, Any]) -> Markup:
     layers = list(range(report["layers"]))
     panels = []
     for kind, places in report["effects"]["kinds"].items():
-        own = places["subject's last"]
+        own = places[SUBJECT]
         curves = [charts.Curve(name, layers, own[key], False)
                   for name, key in (("mean", "mean"), ("2.5%", "low"), ("97.5%", "high"))]  # fmt: skip
         panel = charts.curve_panel(NAMES[kind], curves, "layer")

@@ -41,12 +41,18 @@ SUBJECT = "subject's last"
 
 
 class Mean(NamedTuple):
-    """A mean over facts and its 95% interval; None where no fact has such a place."""
+    """A mean over facts by layer, and its 95% interval; empty where no fact has such a place."""
 
-    mean: list[float | None]
-    low: list[float | None]
-    high: list[float | None]
+    mean: list[float]
+    low: list[float]
+    high: list[float]
     facts: int
+
+
+def check_width(width: int, layers: int) -> None:
+    """Raise `UserError` for a number of contiguous layers that the model does not have."""
+    if not 1 <= width <= layers:
+        raise UserError(f"trace: a range of {width} layers in a model with {layers}; give 1 to {layers}")
 
 
 def effects(traces: Sequence[Traced], semantics: str = "rome", seed: int = 0) -> dict[str, Any]:
@@ -93,15 +99,19 @@ def _resamples(subjects: Sequence[str], seed: int) -> np.ndarray:
     return counts[:, of].astype(np.float64)
 
 
+def _resampled(table: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The means of a table of facts in each resample that holds any."""
+    share = weights.sum(axis=1)
+    means: np.ndarray = (weights @ table)[share > 0] / share[share > 0, None]
+    return means
+
+
 def _mean(values: Sequence[np.ndarray | None], weights: np.ndarray) -> Mean:
     own = [i for i, value in enumerate(values) if value is not None]
     if not own:
         return Mean([], [], [], 0)
     table = np.stack([values[i] for i in own])  # type: ignore[misc]
-    drawn = weights[:, own]
-    share = drawn.sum(axis=1, keepdims=True)
-    means = (drawn @ table)[share[:, 0] > 0] / share[share[:, 0] > 0]
-    low, high = np.percentile(means, [2.5, 97.5], axis=0)
+    low, high = np.percentile(_resampled(table, weights[:, own]), [2.5, 97.5], axis=0)
     return Mean(table.mean(axis=0).tolist(), low.tolist(), high.tolist(), len(own))
 
 
@@ -122,13 +132,12 @@ def recommend(traces: Sequence[Traced], kind: str, width: int, seed: int = 0) ->
     if kind not in traces[0].restored:
         raise UserError(f"trace: {kind} was not traced, so no layers can be recommended by it; trace it too")
     layers = traces[0].restored[kind].shape[1]
-    if not 1 <= width <= layers:
-        raise UserError(f"trace: a range of {width} layers in a model with {layers}; give 1 to {layers}")
+    check_width(width, layers)
     table = np.stack([_at(t, t.restored[kind], ROME[SUBJECT], "rome") for t in traces])  # type: ignore[misc]
     weights = _resamples([t.subject for t in traces], seed)
     curve = table.mean(axis=0)
     first = _best(curve, width)
-    drawn = [_best(row, width) for row in weights @ table / weights.sum(axis=1, keepdims=True)]
+    drawn = [_best(row, width) for row in _resampled(table, weights)]
     positive = np.maximum(curve, 0.0)
     return {
         "kind": kind, "place": SUBJECT, "layers": [first, first + width - 1],

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from unlearnjax.data.rows import Row, load_records, text_of
 from unlearnjax.errors import UserError
+from unlearnjax.evaluation.full.leak import document_of
+from unlearnjax.evaluation.semeval import kind_of
 
 _WORD = re.compile(r"[^\W\d_]\.(?= )|[^\W_]+(?:[-'\u2019.&][^\W_]+)*")  # an initial, or a word
 _POSSESSIVE = re.compile(r"['\u2019]s$")
@@ -15,7 +17,6 @@ _OPENING = (
     "there this to under was were what when where which who whom whose why with"
 )
 _OPENERS = frozenset(_OPENING.split())
-_NUMBERED = re.compile(r"(sc|qa)\d$")
 
 
 class Fact(NamedTuple):
@@ -67,24 +68,23 @@ def load_facts(source: str) -> tuple[list[Fact], list[Skipped]]:
 def facts_of_rows(rows: Sequence[Row]) -> tuple[list[Fact], list[Skipped]]:
     """A fact per question whose subject is found; completions (ids that end in sc<digit>) are no questions.
 
-    The subject is the run of capitalised words that most questions about the same thing share (those whose ids differ
-    in their last digit only), the longest of these, the first of these; words that open a question do not count.
+    The subject is the run of capitalised words that most questions about the same document share (by LUME's ids), the
+    longest of these, the first of these; words that open a question do not count.
     """
-    stems = [_NUMBERED.sub(r"\1", row.id) for row in rows]
     prompts: dict[str, list[str]] = {}
-    for stem, row in zip(stems, rows, strict=True):
-        if _is_question(row):
-            prompts.setdefault(stem, []).append(row.input)
+    for row in rows:
+        if kind_of(row.id) != "sc":
+            prompts.setdefault(document_of(row.id), []).append(row.input)
     facts, skipped = [], []
-    for stem, row in zip(stems, rows, strict=True):
-        if not _is_question(row):
+    for row in rows:
+        if kind_of(row.id) == "sc":
             skipped.append(Skipped(row.id, "is a completion, not a question"))
             continue
         runs = names_in(row.input)
         if not runs:
             skipped.append(Skipped(row.id, "no subject found: its question has no capitalised name"))
             continue
-        subject = max(runs, key=lambda run: (sum(run in p for p in prompts[stem]), len(run.split())))
+        subject = max(runs, key=lambda run: (sum(run in p for p in prompts[document_of(row.id)]), len(run.split())))
         facts.append(Fact(row.id, row.input, subject, None, row.output))
     return facts, skipped
 
@@ -108,8 +108,3 @@ def names_in(text: str) -> list[str]:
             runs.append((begin, end))
         open_until = end if end == word.end() else -1
     return [text[begin:end] for begin, end in runs]
-
-
-def _is_question(row: Row) -> bool:
-    found = _NUMBERED.search(row.id)
-    return found is None or found.group(1) == "qa"

@@ -1,6 +1,6 @@
 """Tracing many facts: which the model knows, batches of like length, and what was measured of each."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -99,21 +99,17 @@ class Tracer:
     Args:
       located: all facts: the scale of the noise is theirs together.
       mesh: spread the facts of a call over all devices of a mesh; the weights must lie on it too.
-      tokens_at_once: see `groups`.
     """
 
     def __init__(
         self, lm: LanguageModel, located: Sequence[Located], settings: Settings, *,
-        mesh: jax.sharding.Mesh | None = None, tokens_at_once: int | None = None,
+        mesh: jax.sharding.Mesh | None = None,
     ) -> None:  # fmt: skip
         self.located, self.settings, self.mesh = located, settings, mesh
         self.window = default_window(lm.config.layers) if settings.window is None else settings.window
         self.tokenizer, self.config = lm.require_tokenizer(), lm.config
         self.params = lm.params
-        self.sigma = settings.noise * self._spread_of_subjects(lm) if located else 0.0
-        if tokens_at_once is None:
-            tokens_at_once = CPU_TOKENS_AT_ONCE if jax.default_backend() == "cpu" else TOKENS_AT_ONCE
-        self.tokens_at_once = tokens_at_once
+        self.sigma = settings.noise * self._spread_of_subjects(lm)
 
     def _spread_of_subjects(self, lm: LanguageModel) -> float:
         """Standard deviation over all elements of the embeddings of all subjects, each tokenized alone."""
@@ -127,7 +123,7 @@ class Tracer:
         """The places of the facts whose first token the model gets right, and the others with what it says."""
         right, wrong = [], []
         for group in self.groups(range(len(self.located)), restored=False):
-            ids, chance = (np.asarray(x) for x in first_tokens(self.config, self.params, self._batch(group)))
+            ids, chance = (np.asarray(x) for x in first_tokens(self.config, self.params, self._batch(group, draws=0)))
             for place, token, p in zip(group.places, ids, chance, strict=False):
                 says, expected = self.tokenizer.decode([int(token)]).strip(), self.located[place].expected
                 if says in expected:
@@ -141,7 +137,12 @@ class Tracer:
         return sorted(right), [skipped for _, skipped in sorted(wrong)]
 
     def groups(self, places: Sequence[int], *, restored: bool = True) -> list[Group]:
-        """The facts in calls of like lengths, the longest first; each has at most about `tokens_at_once` tokens."""
+        """The facts in calls of like lengths, the longest first.
+
+        Args:
+          restored: whether they are to be traced, or asked for their first token alone, which takes more at once.
+        """
+        most = CPU_TOKENS_AT_ONCE if jax.default_backend() == "cpu" else TOKENS_AT_ONCE
         by_lengths: dict[tuple[int, int], list[int]] = {}
         for place in places:
             x = self.located[place]
@@ -150,7 +151,7 @@ class Tracer:
         found = []
         for (before, rest), own in sorted(by_lengths.items(), key=lambda item: -sum(item[0])):
             rows = self.settings.draws * BLOCK if restored else 1
-            many = min(max(1, self.tokens_at_once // (rows * rest)), power_of_two(len(own)))
+            many = min(max(1, most // (rows * rest)), power_of_two(len(own)))
             if self.mesh is not None:
                 many = round_up(many, self.mesh.size)
             found += [Group(own[i : i + many], before, rest, many) for i in range(0, len(own), many)]
@@ -158,7 +159,9 @@ class Tracer:
 
     def run(self, group: Group) -> list[Traced]:
         """Trace the facts of a group."""
-        got = jax.device_get(mediate(self.config, self.params, self._batch(group), self.settings.kinds, self.window))
+        got = jax.device_get(
+            mediate(self.config, self.params, self._batch(group, self.settings.draws), self.settings.kinds, self.window)
+        )
         return [self._traced(self.located[place], i, got) for i, place in enumerate(group.places)]
 
     def _traced(self, x: Located, i: int, got: Any) -> Traced:
@@ -175,18 +178,18 @@ class Tracer:
             x.fact.id, x.fact.subject, tokens, x.begin, x.end, answer, float(got.clean[i]), corrupted, restored
         )
 
-    def _batch(self, group: Group) -> Facts:
-        """The arrays of a call, filled up with its first fact."""
+    def _batch(self, group: Group, draws: int) -> Facts:
+        """The arrays of a call, filled up with its first fact, with so many draws of noise."""
         facts = [self.located[place] for place in group.places]
         facts += [facts[0]] * (group.many - len(facts))
         many, hidden = len(facts), self.config.hidden_size
         before, rest = np.zeros((many, group.before), np.int32), np.zeros((many, group.rest), np.int32)
-        noise = np.zeros((many, self.settings.draws, group.rest, hidden), np.float32)
+        noise = np.zeros((many, draws, group.rest, hidden), np.float32)
         for i, x in enumerate(facts):
             before[i, group.before - x.begin :] = x.ids[: x.begin]
             rest[i, : len(x.ids) - x.begin] = x.ids[x.begin :]
             # As ROME's code draws it, anew for each fact.
-            draw = np.random.RandomState(self.settings.seed).randn(self.settings.draws, x.end - x.begin, hidden)
+            draw = np.random.RandomState(self.settings.seed).randn(draws, x.end - x.begin, hidden)
             noise[i, :, : x.end - x.begin] = self.sigma * draw
         begins = np.asarray([x.begin for x in facts], np.int32)
         lengths = np.asarray([len(x.ids) - x.begin for x in facts], np.int32)
@@ -194,9 +197,3 @@ class Tracer:
         if self.mesh is not None:
             spread = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec(self.mesh.axis_names))
         return Facts(*(jax.device_put(x, spread) for x in (before, begins, rest, lengths, noise)))
-
-
-def trace(tracer: Tracer, places: Sequence[int]) -> Iterator[Traced]:
-    """Trace the facts at these places, in the order in which they end."""
-    for group in tracer.groups(places):
-        yield from tracer.run(group)

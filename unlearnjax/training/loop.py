@@ -195,7 +195,7 @@ def train(
 
 def fresh_states(task: Task, params: PyTree, h: Hyperparameters) -> State:
     """All candidates before their first step."""
-    memory = {t.name: t.memory for t in task.objective.terms if t.memory}
+    memory = {t.name: t.adaptive.names for t in task.objective.terms if t.adaptive is not None}
     return jax.jit(jax.vmap(lambda c: init_state(task.adapter, params, c, memory)))(h)
 
 

@@ -107,14 +107,12 @@ def stores_for(
 ) -> dict[str, Store]:
     """Device stores of the sides that the objective reads, with what its terms need of the base.
 
-    `buckets`: how many widths (programs) at most, per side. A side `pool` (see `data.tokens.pooled`) needs `forget`
-    beside it, to tell its rows apart.
+    `buckets`: how many widths (programs) at most, per side.
     """
     return {
         s: to_device(
             sides[s],
             base_reference(model, params, sides[s], objective.needs(s), buckets=buckets, layer=objective.layer),
-            len(sides["forget"].length) if s == "pool" else None,
         )
         for s in objective.sides
     }

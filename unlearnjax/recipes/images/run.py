@@ -1,6 +1,7 @@
 """The whole job for image models: fine-tune on what is to be forgotten, merge, subtract, score, write."""
 
 import datetime
+import functools
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,10 +92,11 @@ class _Job:
         self.scorer = Scorer(recipe.selection, subjects, splits)
         self.described = describe(splits)
         selection = {k: v for k, v in to_plain(recipe)["selection"].items() if k not in ("rule", "keep")}
-        known = {**self.origin(), "selection": selection, "scored": self.described}
+        known = {**self.origin, "selection": selection, "scored": self.described}
         self.searched = Searched(out / CHECKPOINTS / "searched", known, progress)
         self.warnings: list[str] = []
 
+    @functools.cached_property
     def origin(self) -> dict[str, Any]:
         """What every candidate depends on. The weights are all that training sees: CLIP's head is made of the templates
         and the classes' names."""
@@ -160,7 +162,7 @@ class _Job:
     def train(self) -> list[str]:
         """Fine-tune the candidates that are not there yet; returns the names of those that did not diverge."""
         training = self.recipe.training
-        origin = self.origin()
+        origin = self.origin
         origins = {c.name: {**origin, "settings": _plain(c)} for c in self.recipe.candidates}
         missing = [c for c in self.recipe.candidates if not self.store.has(c.name, origins[c.name])]
         for candidate in missing:
@@ -277,7 +279,7 @@ class _Job:
         store = Store(self.out / "baselines", self.start, self.subject.fixed)
         models = []
         for name, settings in self.recipe.baselines.items():
-            origin = {**self.origin(), "settings": dict(settings)}
+            origin = {**self.origin, "settings": dict(settings)}
             if not store.has(name, origin):
                 shutil.rmtree(store.folder / name, ignore_errors=True)
                 found = BASELINES[name].run(
