@@ -99,7 +99,7 @@ def test_ten_updates_of_the_recipe_equal_the_code(base):
     recipe = dataclasses.replace(published, candidates=candidates, training=training)
     lm = load_model(str(base))
     forget, retain = texts(25, 0), texts(17, 1)
-    prepared = prepare(recipe, lm, Data(forget, retain, None, None, None), Sources("f", "r", None, None, None))
+    (prepared,) = prepare(recipe, lm, Data(forget, retain, None, None, None), Sources("f", "r", None, None, None))
     # 5 x 25 rows, by micro-batches of 1 and of 2, four to an update, rounded down; warmup 25 // 4 and 25 // 8.
     assert prepared.schedule.updates.tolist() == [31, 15]
     assert prepared.hyperparameters.warmup_updates.tolist() == [6, 3]

@@ -14,7 +14,9 @@ ONE = "candidates: [{name: one}]\n"
 
 
 def test_every_recipe_that_ships_loads_and_reads_back():
-    assert names() == ["default", "demo", "negmerge", "zjuklab", "zjuklab-canonical"]
+    assert names() == [
+        "agad", "default", "demo", "negmerge", "selective-amnesia", "sugd", "zjuklab", "zjuklab-canonical",
+    ]  # fmt: skip
     for name in names():
         recipe = load_recipe(name)
         assert recipe.name == name
@@ -101,7 +103,7 @@ def test_not_text(tmp_path):
     ("name", "words"),
     [
         ("defualt", "unknown recipe 'defualt'; did you mean 'default'"),
-        ("zzz", "valid: default, demo"),
+        ("zzz", "valid: agad, default, demo"),
         ("zzz.yml", "zzz.yml: no such recipe file"),
         ("some/where", "some/where: no such recipe file"),
         (".", "unknown recipe"),

@@ -9,9 +9,11 @@ from unlearnjax.adapters.apply import add_delta
 from unlearnjax.errors import UserError
 from unlearnjax.merging.lora_space import lora_delta
 from unlearnjax.recipes.evaluate_step import _summary
+from unlearnjax.recipes.export_step import choose_export
 from unlearnjax.recipes.merge_step import at_scale, delta_of, describe, export, merge_candidates
 from unlearnjax.recipes.parse import recipe_from
-from unlearnjax.recipes.run import Trained, choose_export, merge_all
+from unlearnjax.recipes.run import merge_all
+from unlearnjax.recipes.train_step import Trained
 from unlearnjax.training.loop import Result
 
 RNG = np.random.default_rng(0)

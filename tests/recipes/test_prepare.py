@@ -29,7 +29,8 @@ def prepared(objective, training=None, merges=(), forget=FORGET, **candidate):
         "training": training or {}, "merges": merges, "evaluation": {"max_new_tokens": 16},
     }  # fmt: skip
     data = Data(forget, RETAIN, None, None, None)
-    return prepare(recipe_from(raw, "x"), model, data, Sources("f.jsonl", "r.jsonl")), tokenizer
+    (prepared,) = prepare(recipe_from(raw, "x"), model, data, Sources("f.jsonl", "r.jsonl"))
+    return prepared, tokenizer
 
 
 def answers(ready, tokenizer):
@@ -71,8 +72,3 @@ def test_a_search_needs_rows_that_are_scored():
     prepared("finetune", forget=rows)
     with pytest.raises(UserError, match=r"f\.jsonl: no row is scored.*a merge with scale: search needs some"):
         prepared("finetune", merges=[{"method": "linear", "scale": "search"}], forget=rows)
-
-
-def test_mixed_micro_batches_are_not_for_recipes_yet():
-    with pytest.raises(UserError, match="pool_ga, pool_retain need micro-batches that mix"):
-        prepared("selective_amnesia")

@@ -20,7 +20,8 @@ from unlearnjax.cli.main import main
 from unlearnjax.recipes.load import load_recipe
 from unlearnjax.recipes.parse import recipe_from
 from unlearnjax.recipes.prepare import load_data, prepare
-from unlearnjax.recipes.run import run, train_candidates
+from unlearnjax.recipes.run import run
+from unlearnjax.recipes.train_step import train_candidates
 from unlearnjax.report.schema import read_report
 
 # PEFT 0.21 asks transformers 5 for a property by its old name.

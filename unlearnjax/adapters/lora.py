@@ -8,12 +8,14 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from unlearnjax.adapters.protocol import Adapter
 from unlearnjax.errors import UserError, check_known
 from unlearnjax.models.abstract import name_key
 from unlearnjax.models.config import ModelConfig
+from unlearnjax.models.decoder import layer_of
 from unlearnjax.models.protocol import Variables
 from unlearnjax.training.hyperparameters import Hyperparameters
 
@@ -39,16 +41,37 @@ def resolve_targets(targets: str | Sequence[str], config: ModelConfig, where: st
     return tuple(n for n in config.linears if n in names)
 
 
-def lora(config: ModelConfig, targets: Sequence[str], rank: int) -> Adapter:
+def check_layers(layers: Sequence[int], total: int, where: str = "adapter") -> list[int]:
+    """Layers in their order.
+
+    Raises:
+      UserError: no layer, one that a model of `total` layers does not have, or one given twice.
+    """
+    if not layers:
+        raise UserError(f"{where}: layers names no layer; give at least one")
+    for layer in layers:
+        if not 0 <= layer < total:
+            raise UserError(f"{where}: layer {layer} of a model with {total}; give 0 to {total - 1}")
+    if len(set(layers)) < len(layers):
+        raise UserError(f"{where}: layers names a layer twice: {', '.join(map(str, layers))}")
+    return sorted(layers)
+
+
+def lora(config: ModelConfig, targets: Sequence[str], rank: int, layers: Sequence[int] | None = None) -> Adapter:
     """A LoRA adapter.
 
     Args:
       config: the decoder's sizes. targets: linears as `resolve_targets` gives them. rank: the largest candidate's.
+      layers: which have one, counted from 0 (`check_layers`); None: all.
 
-    The trainable tree is {"layers": {block: {linear: {"a": [L, rank, in], "b": [L, out, rank]}}}}. A starts uniform in
-    +-1/sqrt(in) (PEFT's default: Kaiming with a = sqrt 5), B at zero. Row j of A depends on the seed, the linear and j
-    alone, so that a candidate does not change with the others' ranks.
+    The trainable tree is {"layers": {block: {linear: {"a": [L, rank, in], "b": [L, out, rank]}}}}, L the number of
+    adapted layers. A starts uniform in +-1/sqrt(in) (PEFT's default: Kaiming with a = sqrt 5), B at zero. Row j of A
+    depends on the seed, the linear, the layer and j alone, so that a candidate does not change with the others' ranks.
+
+    With `layers`, `apply` gives layers taken apart, for a model whose layers are unrolled: there is no backward pass
+    below the lowest adapted one.
     """
+    rows = None if layers is None else np.asarray(check_layers(layers, config.layers), np.int32)
 
     def init(key: Array, params: PyTree, h: Hyperparameters) -> PyTree:
         tree: dict[str, dict[str, dict[str, Array]]] = {}
@@ -59,9 +82,10 @@ def lora(config: ModelConfig, targets: Sequence[str], rank: int) -> Adapter:
             bound = inner**-0.5
             draw = lambda k, n=inner, b=bound: jax.random.uniform(k, (config.layers, n), jnp.float32, -b, b)  # noqa: E731
             a = jax.vmap(draw, out_axes=1)(row_keys)
+            a = a if rows is None else a[rows]
             live = jnp.arange(rank, dtype=jnp.int32) < h.lora_rank
             a = jnp.where(live[None, :, None], a, 0.0)
-            b = jnp.zeros((config.layers, out, rank), jnp.float32)
+            b = jnp.zeros((len(a), out, rank), jnp.float32)
             tree.setdefault(block, {})[name] = {"a": a, "b": b}
         return {"layers": tree}
 
@@ -69,12 +93,29 @@ def lora(config: ModelConfig, targets: Sequence[str], rank: int) -> Adapter:
         return h.lora_alpha / h.lora_rank.astype(jnp.float32)
 
     def apply(params: PyTree, trainable: PyTree, h: Hyperparameters) -> Variables:
-        return Variables(params, scaled(trainable, scale(h)))
+        own = scaled(trainable, scale(h))
+        if rows is None:
+            return Variables(params, own)
+        place = {int(layer): j for j, layer in enumerate(rows)}
+        apart = [layer_of(own["layers"], place[i]) if i in place else {} for i in range(config.layers)]
+        return Variables(params, {"layers": tuple(apart)})
 
     def delta(params: PyTree, trainable: PyTree, h: Hyperparameters) -> PyTree:
-        return lora_weights(scaled(trainable, scale(h)))
+        own = trainable if rows is None else widened(trainable, rows, config.layers)
+        return lora_weights(scaled(own, scale(h)))
 
     return Adapter("lora", init, apply, delta, trains_head=False)
+
+
+def widened(tree: PyTree[Array], layers: Sequence[int] | np.ndarray, total: int, axis: int = 0) -> PyTree[Array]:
+    """A tree of some layers (on `axis` of every leaf) as one of all `total`, zero elsewhere."""
+    rows = np.asarray(layers, np.int32)
+
+    def leaf(x: Array) -> Array:
+        empty = jnp.zeros((*x.shape[:axis], total, *x.shape[axis + 1 :]), x.dtype)
+        return empty.at[(slice(None),) * axis + (rows,)].set(x)
+
+    return jax.tree.map(leaf, tree)
 
 
 def _is_pair(x: object) -> bool:

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from unlearnjax.adapters.lora import check_layers, widened
 from unlearnjax.adapters.protocol import Adapter
-from unlearnjax.errors import UserError, check_known
+from unlearnjax.errors import check_known
 from unlearnjax.models.config import ModelConfig
 from unlearnjax.models.decoder import layer_of
 from unlearnjax.models.protocol import Variables
@@ -32,15 +33,8 @@ def restricted(config: ModelConfig, layers: Sequence[int], modules: str = "mlp")
     Raises:
       UserError: no layer, one that the model does not have, one given twice, or unknown modules.
     """
-    chosen = sorted(layers)
     check_known([modules], MODULES, "modules", "adapter")
-    if not chosen:
-        raise UserError("adapter: layers names no layer; give at least one")
-    for layer in chosen:
-        if not 0 <= layer < config.layers:
-            raise UserError(f"adapter: layer {layer} of a model with {config.layers}; give 0 to {config.layers - 1}")
-    if len(set(chosen)) < len(chosen):
-        raise UserError(f"adapter: layers names a layer twice: {', '.join(map(str, layers))}")
+    chosen = check_layers(layers, config.layers)
     place = {layer: j for j, layer in enumerate(chosen)}
 
     def blocks(own: dict[str, Any]) -> dict[str, Any]:
@@ -66,8 +60,7 @@ def restricted(config: ModelConfig, layers: Sequence[int], modules: str = "mlp")
         return Variables({**params, "layers": tuple(mixed(i) for i in range(config.layers))})
 
     def delta(params: PyTree, trainable: PyTree, h: Hyperparameters) -> PyTree:
-        rows = jnp.asarray(chosen, jnp.int32)
         changed = jax.tree.map(lambda t, p: t - p, trainable, picked(params))
-        return jax.tree.map(lambda x: jnp.zeros((config.layers, *x.shape[1:]), x.dtype).at[rows].set(x), changed)
+        return widened(changed, chosen, config.layers)
 
     return Adapter(f"{modules} of layers {', '.join(map(str, chosen))}", init, apply, delta, trains_head=False)

@@ -52,8 +52,9 @@ def _show(report: dict[str, Any], out: Path) -> None:
         _warn(warning)
     print(f"report: {out / 'report.html'}")
     if "exported" in report:
-        print(f"model:  {out / 'model'} (the merge {report['exported']})")
-    elif report["recipe"]["merges"]:
+        what = "merge" if report["recipe"]["merges"] else "candidate"
+        print(f"model:  {out / 'model'} (the {what} {report['exported']})")
+    else:
         curves = out / "report.html"
         if any(candidate["status"] == "diverged" for candidate in report["candidates"]):
             why = f"candidates diverged; lower learning_rate (curves: {curves})"

@@ -54,8 +54,10 @@ def tokenize(
     whole: bool = False,
     prompt_tokens: int | None = None,
     row_tokens: int | None = None,
+    separator: str = "",
+    chat_template: bool = False,
 ) -> Tokens:
-    """Prompt ids (no chat template, nothing added), answer ids, end of text.
+    """Prompt ids (nothing added, or in the chat template), answer ids, end of text.
 
     Args:
       rows: the texts; `output` follows `input` without a separator, as the official evaluation concatenates them.
@@ -66,12 +68,18 @@ def tokenize(
       whole: train on every token instead of the answer's (memorising a corpus).
       prompt_tokens: keep the last so many of a prompt. row_tokens: keep the first so many of a row, which cuts the end
         of its answer.
+      separator: between prompt and answer; its tokens count as the answer's.
+      chat_template: the prompt is a user's turn in the tokenizer's chat template, and the assistant's begins.
 
     Raises:
-      UserError: a row longer than `max_length`, or one with an empty answer (the message names file and row).
+      UserError: a row longer than `max_length`, or one with an empty answer (the message names file and row); a
+        tokenizer without a chat template.
     """
-    prompts = tokenizer([r.input for r in rows], add_special_tokens=True)["input_ids"]
-    answers = tokenizer([r.output for r in rows], add_special_tokens=False)["input_ids"]
+    if chat_template:
+        prompts = _turns([r.input for r in rows], tokenizer)
+    else:
+        prompts = tokenizer([r.input for r in rows], add_special_tokens=True)["input_ids"]
+    answers = tokenizer([separator + r.output if r.output else "" for r in rows], add_special_tokens=False)["input_ids"]
     end = [] if eos_token_id is None else [eos_token_id]
     packed, starts = [], []
     for index, (row, prompt, answer) in enumerate(zip(rows, prompts, answers)):
@@ -89,6 +97,15 @@ def tokenize(
         packed.append(ids)
         starts.append(1 if whole else len(prompt))
     return pack(packed, starts)
+
+
+def _turns(prompts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """Each prompt as a user's turn, with what begins the assistant's."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError("chat_template: true, and the model's tokenizer has no chat template; leave it out")
+    talks = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    found = tokenizer.apply_chat_template(talks, add_generation_prompt=True, tokenize=True, return_dict=True)
+    return [list(ids) for ids in found["input_ids"]]
 
 
 class Reference(NamedTuple):

@@ -3,8 +3,9 @@
 import dataclasses
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import jax
 from unlearnjax.data.rows import fingerprint
 from unlearnjax.evaluation.mmlu import Prompts
 from unlearnjax.io.card import model_card
+from unlearnjax.recipes.groups import AUTO
 from unlearnjax.recipes.prepare import Data, Sources
 from unlearnjax.recipes.schema import Candidate
 from unlearnjax.report.scores import render_markdown_table
@@ -62,11 +64,20 @@ def describe_training(result: Result) -> dict[str, Any]:
     }
 
 
-def describe_candidates(candidates: Sequence[Candidate], result: Result) -> list[dict[str, Any]]:
-    """Each candidate's settings, whether it diverged, and its curves."""
+def describe_candidates(
+    candidates: Sequence[Candidate], result: Result, layers: Mapping[str, Sequence[int]] = MappingProxyType({})
+) -> list[dict[str, Any]]:
+    """Each candidate's settings, whether it diverged, and its curves.
+
+    Args:
+      layers: what `layers: auto` stands for, by `modules`.
+    """
     entries = []
     for candidate, curve, at in zip(candidates, result.curves, result.diverged_at, strict=True):
         hyperparameters = dataclasses.asdict(candidate)
+        if candidate.layers == AUTO:
+            own = layers[candidate.modules]
+            hyperparameters["layers"] = f"auto ({own[0]} to {own[-1]})"
         entries.append(
             {
                 "name": hyperparameters.pop("name"),
@@ -86,19 +97,29 @@ def describe_candidates(candidates: Sequence[Candidate], result: Result) -> list
 
 
 def describe_model(source: str, report: dict[str, Any], name: str) -> str:
-    """README.md of the merge `name` of the model `source`."""
+    """README.md of the merge, or of the candidate, `name` of the model `source`."""
     cite = "{source} ({rows} rows, sha256 {sha256})".format
-    merged = next(m for m in report["merges"] if m["name"] == name)
-    step = f", times {merged['scale']:g}" if "scale" in merged else ""
-    step += ", subtracted from the base" if merged.get("negated") else ""
+    merged = next((m for m in report["merges"] if m["name"] == name), None)
+    if merged is None:
+        method = f"The candidate {name} of the recipe below."
+    else:
+        method = _merge_method(merged)
     return model_card(
         title=f"{Path(source).name}, unlearned ({name})",
         base_model=source,
-        merge=True,
-        method=f"{merged['method']} merge ({merged['semantics']} semantics, space {merged['space']}) of the candidates "
-        f"{', '.join(merged['candidates'])}{step}.",
+        merge=merged is not None,
+        method=method,
         scores=render_markdown_table(report),
         recipe=report["recipe"],
         forget=cite(**report["data"]["forget"]),
         retain=cite(**report["data"]["retain"]),
+    )
+
+
+def _merge_method(merged: Mapping[str, Any]) -> str:
+    step = f", times {merged['scale']:g}" if "scale" in merged else ""
+    step += ", subtracted from the base" if merged.get("negated") else ""
+    return (
+        f"{merged['method']} merge ({merged['semantics']} semantics, space {merged['space']}) of the candidates "
+        f"{', '.join(merged['candidates'])}{step}."
     )

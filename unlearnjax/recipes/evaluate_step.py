@@ -4,6 +4,7 @@ import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -96,6 +97,7 @@ def evaluate_all(
     data: Data,
     out: Path,
     *,
+    deltas: Mapping[str, PyTree[Array]] = MappingProxyType({}),
     gold: LanguageModel | None = None,
     mmlu: Prompts | None = None,
     journal: Journal | None = None,
@@ -109,6 +111,7 @@ def evaluate_all(
     Args:
       candidates: adapters by name, with the scale folded in.
       out: gets a folder of CSV files per model under generations/.
+      deltas: changes of the weights by name, of candidates that are no adapters.
       gold: a model of the same sizes that never saw the forget rows; scored like the others.
       mmlu: MMLU is measured too, and a mmlu.json is in each of these folders.
       journal: keeps finished batches; those in it are not computed again. Its fingerprint must tell the base weights.
@@ -135,10 +138,11 @@ def evaluate_all(
     groups = [Group(lambda: model.params, stack, names, kinds, kept("base", stack))]
     if gold is not None:
         groups.insert(0, Group(lambda: gold.params, None, ["gold"], ["gold"], kept("gold", gold.params)))
-    for merged in merges:
-        if merged.delta is not None:
-            make = functools.partial(add_delta, model.params, merged.delta)
-            groups.append(Group(make, None, [merged.merge.name], ["merge"], kept(merged.merge.name, merged.delta)))
+    whole = [(name, "candidate", delta) for name, delta in deltas.items()]
+    whole += [(m.merge.name, "merge", m.delta) for m in merges if m.delta is not None]
+    for name, what, delta in whole:
+        make = functools.partial(add_delta, model.params, delta)
+        groups.append(Group(make, None, [name], [what], kept(name, delta)))
 
     def official(group: Group) -> list[dict[str, Any]]:
         folders = [out / "generations" / name for name in group.names]

@@ -1,6 +1,8 @@
 """The merges of a recipe: from a stack of trained LoRA candidates to models that can be evaluated and exported."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +12,7 @@ from jaxtyping import Array, Float, PyTree
 
 from unlearnjax.adapters.lora import lora_weights, scaled
 from unlearnjax.errors import UserError
-from unlearnjax.merging.api import merge
+from unlearnjax.merging.api import merge, merge_stacked
 from unlearnjax.merging.core_space import truncate_lora
 from unlearnjax.merging.geometry import gram, lengths
 from unlearnjax.merging.lora_space import (
@@ -22,6 +24,7 @@ from unlearnjax.merging.lora_space import (
     truncation_errors,
 )
 from unlearnjax.recipes.schema import Merge, rule_of
+from unlearnjax.training.hyperparameters import index
 
 SUMS = ("linear", "uniform", "task_arithmetic")  # merges whose delta is a weighted sum of the candidates'
 
@@ -63,10 +66,13 @@ class Merged(NamedTuple):
 
 
 class Exported(NamedTuple):
-    """A merge as an adapter of rank `rank` (scale 1), and what of the delta that rank misses (relative, Frobenius)."""
+    """A merge as an adapter of rank `rank` (scale 1), and what of the delta that rank misses (relative, Frobenius).
 
-    lora: PyTree[Array]
-    rank: int
+    lora, rank: None where a candidate that went in is no LoRA: such a merge is written as a model.
+    """
+
+    lora: PyTree[Array] | None
+    rank: int | None
     truncation_error: float
 
 
@@ -77,11 +83,13 @@ def merge_candidates(
     kept: Sequence[int],
     seed: int,
     ranks: Sequence[int] | None = None,
+    deltas: Mapping[int, PyTree[Array]] = MappingProxyType({}),
 ) -> Merged:
     """Merge the candidates `kept` of a stack ([N, ...] leaves, scale [N]); weights of the others are dropped.
 
     Args:
       ranks: of each of the N where the stack is padded; None: all are the stack's.
+      deltas: of the candidates that are no LoRAs, by their place; a merge with one of them works on full deltas.
 
     Raises:
       UserError: from the method (see `unlearnjax.merge`), or no candidate is left.
@@ -90,6 +98,8 @@ def merge_candidates(
         raise UserError("no candidate is left, all of them diverged; lower learning_rate")
     chosen = np.asarray(kept, np.int32)
     semantics = rule_of(wanted)[1].semantics
+    if any(i in deltas for i in kept):
+        return _merge_deltas(wanted, semantics, [delta_at(i, stacked, scale, deltas) for i in kept], list(kept), seed)
     core = wanted.space == "core"
     used = None if ranks is None else [ranks[i] for i in kept]
     more: dict[str, Any] = {"ranks": used, "compress": wanted.compress} if core else {}
@@ -110,6 +120,40 @@ def merge_candidates(
         return Merged(wanted, semantics, list(kept), None, lora_delta(result, 1.0), length, factor, result)
     lora, delta = (result, None) if in_factors else (None, result)
     return Merged(wanted, semantics, list(kept), lora, delta, length, factor)
+
+
+def delta_at(i: int, stacked: PyTree[Array] | None, scale: Array, deltas: Mapping[int, PyTree[Array]]) -> PyTree[Array]:
+    """Candidate i's change of the weights."""
+    return deltas[i] if i in deltas else lora_delta(index(stacked, i), scale[i])
+
+
+def _merge_deltas(wanted: Merge, semantics: str, own: Sequence[PyTree[Array]], kept: list[int], seed: int) -> Merged:
+    """Merge full deltas. A tensor that a candidate did not train is zero in it."""
+    named = [{jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(d)} for d in own]
+    like = {name: leaf for one in named for name, leaf in one.items()}
+    stack = {n: jnp.stack([one.get(n, jnp.zeros_like(x)) for one in named]) for n, x in like.items()}
+    merged = merge_stacked(
+        stack, wanted.method, weights=_weights(wanted, kept), semantics=semantics, key=jax.random.key(seed), stacked=1,
+        **wanted.hyperparameters,
+    )  # fmt: skip
+    shape = functools.reduce(overlaid, own)
+    places = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(shape)]
+    delta = jax.tree.unflatten(jax.tree.structure(shape), [merged[name] for name in places])
+    mean, own_length = float(np.mean([_norm(d) for d in own])), _norm(delta)
+    factor = 1.0
+    if wanted.length is not None and mean > 0 and own_length > 0:
+        factor = wanted.length * mean / own_length
+        delta = jax.tree.map(lambda x: x * factor, delta)
+    length = own_length * factor / mean if mean > 0 else None
+    return Merged(wanted, semantics, kept, None, delta, length, factor)
+
+
+def overlaid(one: PyTree[Array], other: PyTree[Array]) -> PyTree[Array]:
+    """Both trees' dictionaries in one; a leaf of both is the first one's."""
+    if not isinstance(one, dict):
+        return one
+    more = {name: tree for name, tree in other.items() if name not in one}
+    return {**{name: overlaid(tree, other[name]) if name in other else tree for name, tree in one.items()}, **more}
 
 
 def at_scale(merged: Merged, scale: float) -> Merged:
@@ -142,9 +186,14 @@ def _weights(wanted: Merge, kept: Sequence[int]) -> Float[Array, " N"] | None:
     return None if wanted.weights is None else jnp.asarray([wanted.weights[i] for i in kept], jnp.float32)
 
 
-def export(merged: Merged, stacked: PyTree[Array], scale: Array, largest_rank: int) -> Exported:
+def export(
+    merged: Merged, stacked: PyTree[Array], scale: Array, largest_rank: int,
+    deltas: Mapping[int, PyTree[Array]] = MappingProxyType({}),
+) -> Exported:  # fmt: skip
     """The merge as an adapter: exact for a sum of deltas (candidates side by side) and in core space, unless a rank is
-    given; truncated for others."""
+    given; truncated for others. None at all where one of `deltas`' candidates went in."""
+    if any(i in deltas for i in merged.candidates):
+        return Exported(None, None, 0.0)
     if merged.lora is not None:
         return Exported(merged.lora, _pairs(merged.lora)[0]["a"].shape[-2], 0.0)
     assert merged.delta is not None

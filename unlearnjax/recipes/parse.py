@@ -57,10 +57,15 @@ def _is_scales(value: Any) -> bool:
     return all(_is_number(v) and v >= 0 for v in value) and len(set(value)) == len(value)
 
 
+def _is_layers(value: Any) -> bool:
+    return isinstance(value, Sequence) and all(_is_whole(v) and v >= 0 for v in value) and len(value) > 0
+
+
 _POSITIVE = _Range(lambda v: _is_number(v) and v > 0, "a number above 0")
 _COUNT = _Range(lambda v: _is_whole(v) and 0 < v < 2**31, "a whole number above 0")
 _SEED = _Range(lambda v: _is_whole(v) and 0 <= v < 2**32, "a whole number from 0 to 2^32 - 1")
 _COUNT_OR_NULL = _Range(lambda v: v is None or _COUNT.holds(v), "a whole number above 0, or null")
+_FLAG = _Range(lambda v: isinstance(v, bool), "true or false")
 _TEXT = _Range(lambda v: isinstance(v, str) and v != "", "text (in quotes, if it looks like something else)")
 _RANGES: dict[type, dict[str, _Range]] = {
     Candidate: {
@@ -82,6 +87,16 @@ _RANGES: dict[type, dict[str, _Range]] = {
         "dropout": _Range(lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 to below 1"),
         "init_seed": _SEED,
         "order_seed": _SEED,
+        "adapter": _TEXT,
+        "layers": _Range(
+            lambda v: _TEXT.holds(v) or _is_layers(v), "all, auto, last-<count>, or a list of numbers from 0"
+        ),
+        "modules": _TEXT,
+        "order": _Range(lambda v: v is None or _TEXT.holds(v), "a name, or null"),
+        "order_parameters": _Range(lambda v: isinstance(v, Mapping), "a mapping of names to values"),
+        "separator": _Range(lambda v: isinstance(v, str), "text, which may be empty"),
+        "append_eos": _FLAG,
+        "chat_template": _FLAG,
     },
     AdapterSpec: {
         "type": _TEXT,
@@ -114,7 +129,7 @@ _RANGES: dict[type, dict[str, _Range]] = {
         "rank": _COUNT_OR_NULL,
         "compress": _COUNT_OR_NULL,
         "length": _Range(lambda v: v is None or _POSITIVE.holds(v), "a number above 0, or null"),
-        "negate": _Range(lambda v: isinstance(v, bool), "true or false"),
+        "negate": _FLAG,
         "scale": _Range(lambda v: v == SEARCH or _POSITIVE.holds(v), "a number above 0, or `search`"),
     },
     Search: {
@@ -165,6 +180,7 @@ def _section(kind: type, raw: Any, where: str) -> Any:
 
 def _candidate(values: Mapping[str, Any], where: str) -> Candidate:
     from unlearnjax.objectives.objective import expand
+    from unlearnjax.recipes.groups import check_training
 
     check_known(values, ["name", *HYPERPARAMETERS], "hyperparameter", where)
     _check_ranges(Candidate, values, where)
@@ -178,7 +194,9 @@ def _candidate(values: Mapping[str, Any], where: str) -> Candidate:
     if not any(weights.values()):
         raise UserError(f"{where}: objective: at least one term needs a weight that is not 0")
     _check_parameters(candidate.parameters, weights, where)
-    return dataclasses.replace(candidate, objective=weights)
+    candidate = dataclasses.replace(candidate, objective=weights)
+    check_training(candidate, where)
+    return candidate
 
 
 def _check_parameters(parameters: Mapping[str, Any], weights: Mapping[str, float], where: str) -> None:
@@ -227,7 +245,7 @@ def _candidates(raw: Mapping[str, Any], where: str) -> tuple[Candidate, ...]:
     return tuple(_candidate({**defaults, **e}, f"{where}: candidate {e['name']!r}") for e in entries)
 
 
-def _check_merge(merge: Merge, candidates: Sequence[str], where: str) -> None:
+def _check_merge(merge: Merge, candidates: Sequence[str], full: Sequence[str], where: str) -> None:
     """Everything that `unlearnjax.merge` would refuse after the training, before it."""
     import numpy as np
 
@@ -263,6 +281,11 @@ def _check_merge(merge: Merge, candidates: Sequence[str], where: str) -> None:
         check_known(merge.of, candidates, "candidate", f"{where}: of")
         if len(set(merge.of)) < len(merge.of):
             raise UserError(f"{where}: of names a candidate twice: {', '.join(merge.of)}")
+    mine = [name for name in full if merge.of in (None, EACH) or name in (merge.of or ())]
+    if mine and merge.space != "delta":
+        raise UserError(f"{where}: space {merge.space} is for LoRAs, and {mine[0]} trains weights; take space delta")
+    if mine and merge.rank is not None:
+        raise UserError(f"{where}: rank is of an adapter, and {mine[0]} trains weights; leave it out")
     count = 1 if merge.of == EACH else len(candidates if merge.of is None else merge.of)
     try:
         check_count(method, rule, count)
@@ -276,7 +299,7 @@ def _check_merge(merge: Merge, candidates: Sequence[str], where: str) -> None:
             raise UserError(f"{where}: weights {list(merge.weights)} do not suit {merge.method}: {problem}")
 
 
-def _merge(raw: Any, candidates: Sequence[str], where: str) -> Merge:
+def _merge(raw: Any, candidates: Sequence[Candidate], where: str) -> Merge:
     given = _mapping(raw, "a method and its hyperparameters", where)
     if "method" not in given:
         raise UserError(f"{where}: names no method")
@@ -284,7 +307,8 @@ def _merge(raw: Any, candidates: Sequence[str], where: str) -> Merge:
     rest = {k: v for k, v in given.items() if k not in own}
     _check_ranges(Merge, own, where)
     merge = Merge(**own, hyperparameters=rest)
-    _check_merge(merge, candidates, where)
+    names, full = ([c.name for c in candidates if c.adapter in kinds] for kinds in (("lora", "full"), ("full",)))
+    _check_merge(merge, names, full, where)
     if merge.name:
         return merge
     extras = [f"{k}{_short(v)}" for k, v in sorted(rest.items())]
@@ -338,7 +362,7 @@ def recipe_from(raw: Any, where: str) -> Recipe:
     search = _section(Search, raw.get("search"), f"{where}: search")
     search = dataclasses.replace(search, scales=tuple(search.scales))
     listed = enumerate(_list(raw.get("merges") or [], "merges", f"{where}: merges"), start=1)
-    merges = tuple(_merge(m, [c.name for c in candidates], f"{where}: merge {i}") for i, m in listed)
+    merges = tuple(_merge(m, candidates, f"{where}: merge {i}") for i, m in listed)
     _check_names([c.name for c in candidates] + [m.name for m in merges], where)
     if evaluation.export != "best":
         check_known([evaluation.export], [m.name for m in merges], "merge", f"{where}: evaluation: export")

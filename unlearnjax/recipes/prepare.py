@@ -1,7 +1,7 @@
 """Everything a run checks and reads before it computes anything: so that bad input costs nothing and leaves nothing."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +10,8 @@ from unlearnjax.data.idk import ANSWERS, idk_rows, load_answers
 from unlearnjax.data.mmlu import load_mmlu
 from unlearnjax.data.rows import Document, Row, load_documents, load_rows
 from unlearnjax.data.schedule import Pace, Schedule, plan
-from unlearnjax.data.tokens import Tokens, tokenize
+from unlearnjax.data.sequences import lockstep
+from unlearnjax.data.tokens import Tokens, pooled, tokenize
 from unlearnjax.errors import UserError
 from unlearnjax.evaluation.batches import check_rows
 from unlearnjax.evaluation.mmlu import Prompts, mmlu_prompts
@@ -20,6 +21,7 @@ from unlearnjax.io.huggingface import load_config, load_tokenizer
 from unlearnjax.models.decoder import build
 from unlearnjax.models.language_model import LanguageModel, load_model
 from unlearnjax.objectives.objective import TERMS, Objective, objective
+from unlearnjax.recipes.groups import Group, groups_of, sequence_of, targets_of
 from unlearnjax.recipes.schema import SEARCH, Candidate, Recipe
 from unlearnjax.training.hyperparameters import SCHEDULES, Hyperparameters, stack
 
@@ -45,8 +47,9 @@ class Data(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What training needs: tokens by side, the plan, and the candidates as arrays."""
+    """What training a group of candidates needs: tokens by side, the plan, and the candidates as arrays."""
 
+    group: Group
     objective: Objective
     sides: dict[str, Tokens]
     schedule: Schedule
@@ -192,21 +195,45 @@ def hyperparameters(candidates: Sequence[Candidate], updates: Sequence[int], for
     return stack(rows)
 
 
-def prepare(recipe: Recipe, model: LanguageModel, data: Data, sources: Sources) -> Prepared:
-    """Check everything against the model (its weights are not needed), tokenize and plan.
+def prepare(
+    recipe: Recipe,
+    model: LanguageModel,
+    data: Data,
+    sources: Sources,
+    found: Mapping[str, Sequence[int]] | None = None,
+) -> list[Prepared]:
+    """Check everything against the model (its weights are not needed), tokenize and plan, for each group.
+
+    Args:
+      found: the layers that `layers: auto` stands for, by `modules` (see `layers_of`).
 
     Raises:
       UserError: a row or document that does not fit the model's context (file and row), an empty prompt or answer, no
-        row that is scored where a merge's scale is searched, no readable file of answers for IDK and DPO, a layer that
-        the model lacks for RMU, or an adapter on linears that the model does not have.
+        row that is scored where a merge's scale is searched, no readable file of answers for IDK and DPO, layers that
+        the model lacks, an adapter on linears that the model does not have, or a chat template that there is not.
     """
-    tokenizer = model.require_tokenizer()
     resolve_targets(recipe.adapter.targets, model.config, "recipe: adapter")
-    terms = {name for c in recipe.candidates for name, w in dict(c.objective).items() if w != 0}  # type: ignore[arg-type]
+    check_evaluation(model, data, sources, recipe.evaluation.max_new_tokens)
+    if any(merge.scale == SEARCH for merge in recipe.merges):
+        check_searched(data, sources)
+    groups = groups_of(recipe.candidates, model.config.layers, found)
+    return [_prepared(group, recipe, model, data, sources) for group in groups]
+
+
+def padding_share(groups: Sequence[Prepared]) -> float:
+    """Padding over all tokens that go through the model in training."""
+    room = [sum(int((r >= 0).sum()) * s.width for s in g.schedule.steps for r in s.rows.values()) for g in groups]
+    shares = [g.schedule.padding_share for g in groups]
+    return sum(s * r for s, r in zip(shares, room, strict=True)) / max(sum(room), 1)
+
+
+def _prepared(group: Group, recipe: Recipe, model: LanguageModel, data: Data, sources: Sources) -> Prepared:
+    tokenizer, kind = model.require_tokenizer(), group.kind
+    candidates = [recipe.candidates[i] for i in group.places]
+    if kind.adapter == "lora":
+        targets_of(recipe.adapter.targets, kind.modules, model.config)
+    terms = {name for c in candidates for name, w in dict(c.objective).items() if w != 0}  # type: ignore[arg-type]
     wanted = objective(terms, model.config.layers, recipe.training.layer)
-    if "pool" in wanted.sides:
-        names = ", ".join(t.name for t in wanted.terms if t.side == "pool")
-        raise UserError(f"recipe: {names} need micro-batches that mix forget and retain rows, which no recipe has yet")
     texts = {"forget": (data.forget, sources.forget), "retain": (data.retain, sources.retain)}
     if "idk" in wanted.sides:
         file = recipe.training.idk
@@ -214,19 +241,23 @@ def prepare(recipe: Recipe, model: LanguageModel, data: Data, sources: Sources) 
         where = f"{sources.forget} with the answers of {file or 'side idk'}"
         texts["idk"] = (idk_rows(data.forget, answers), where)
     eos = model.config.eos_token_ids[0] if model.config.eos_token_ids else tokenizer.eos_token_id
-    limit, training = model.config.max_positions, recipe.training
-    prompt, row = training.prompt_tokens, training.row_tokens
+    training = recipe.training
     sides = {
-        side: tokenize(rows, tokenizer, limit, eos, source=source, prompt_tokens=prompt, row_tokens=row)
+        side: tokenize(
+            rows, tokenizer, model.config.max_positions, eos if kind.append_eos else None, source=source,
+            prompt_tokens=training.prompt_tokens, row_tokens=training.row_tokens, separator=kind.separator,
+            chat_template=kind.chat_template,
+        )
         for side, (rows, source) in texts.items()
-    }
-    check_evaluation(model, data, sources, recipe.evaluation.max_new_tokens)
-    if any(merge.scale == SEARCH for merge in recipe.merges):
-        check_searched(data, sources)
-    paces = [Pace(c.micro_batch, c.accumulation, c.epochs, c.order_seed) for c in recipe.candidates]
-    schedule = plan(
-        {s: sides[s] for s in wanted.sides}, paces, buckets=training.buckets, order=training.order, seed=training.seed
-    )
+    }  # fmt: skip
+    if kind.order is None:
+        paces = [Pace(c.micro_batch, c.accumulation, c.epochs, c.order_seed) for c in candidates]
+        read = {s: sides[s] for s in wanted.sides}
+        schedule = plan(read, paces, buckets=training.buckets, order=training.order, seed=training.seed)
+    else:
+        counts = len(data.forget), len(data.retain)
+        sides = {"pool": pooled(sides["forget"], sides["retain"])}
+        schedule = lockstep(sides["pool"], [sequence_of(c, *counts) for c in candidates], training.buckets)
     count = len(sides[wanted.sides[0]].length)
-    h = hyperparameters(recipe.candidates, schedule.updates.tolist(), count)
-    return Prepared(wanted, sides, schedule, h)
+    h = hyperparameters(candidates, schedule.updates.tolist(), count)
+    return Prepared(group, wanted, sides, schedule, h)

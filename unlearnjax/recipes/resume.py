@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,7 +88,7 @@ def clear(out: Path) -> None:
 
 
 def run_fingerprint(
-    recipe: Mapping[str, Any], data: Data, prepared: Prepared, model: Mapping[str, Any]
+    recipe: Mapping[str, Any], data: Data, groups: Sequence[Prepared], model: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Everything that a run's weights depend on, bit for bit, as plain data; arrays are given by their SHA-256.
 
@@ -99,8 +99,9 @@ def run_fingerprint(
         "recipe": dict(recipe),
         "data": {name: rows_fingerprint(items) for name, items in data._asdict().items() if items is not None},
         **model,
-        "tokens": {side: _sha256(_arrays(tokens)) for side, tokens in prepared.sides.items()},
-        "schedule": _schedule_sha256(prepared.schedule),
+        "tokens": [{side: _sha256(_arrays(tokens)) for side, tokens in g.sides.items()} for g in groups],
+        "schedule": [_schedule_sha256(g.schedule) for g in groups],
+        "layers": [[list(own) for own in g.group.layers] for g in groups],
     }
 
 

@@ -1,19 +1,16 @@
-"""The whole job: read, train all candidates in one program, merge, evaluate everything, write what others can load."""
+"""The whole job: read, train all candidates, merge, evaluate everything, write what others can load."""
 
+import contextlib
 import dataclasses
 import datetime
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import yaml
-from jaxtyping import Array, PyTree
 
 import unlearnjax
-from unlearnjax.adapters.apply import add_delta
-from unlearnjax.adapters.lora import lora, resolve_targets, scaled
+from unlearnjax.adapters.lora import lora_weights, scaled
 from unlearnjax.errors import UserError
 from unlearnjax.evaluation.journal import Journal
 from unlearnjax.evaluation.mmlu import SHOTS, Prompts
@@ -29,15 +26,16 @@ from unlearnjax.recipes.describe import (
     describe_training,
 )
 from unlearnjax.recipes.evaluate_step import evaluate_all
-from unlearnjax.recipes.export_step import choose_export, save_candidates, save_merges
+from unlearnjax.recipes.export_step import changed, choose_export, save_candidates, save_merges
+from unlearnjax.recipes.layers_step import traced_layers
 from unlearnjax.recipes.merge_step import Exported, Merged, at_scale, delta_of, describe, export, merge_candidates
 from unlearnjax.recipes.prepare import (
     Data,
-    Prepared,
     Sources,
     load_data,
     load_prompts,
     load_reference,
+    padding_share,
     prepare,
     without_weights,
 )
@@ -53,65 +51,18 @@ from unlearnjax.recipes.resume import (
 )
 from unlearnjax.recipes.schema import EACH, SEARCH, Merge, Recipe, to_plain
 from unlearnjax.recipes.search_step import Searcher
+from unlearnjax.recipes.train_step import Trained, check_waypoints, train_candidates
 from unlearnjax.recipes.trajectory_step import trajectories
 from unlearnjax.report.html import render_html
 from unlearnjax.report.schema import write_report
 from unlearnjax.training.hyperparameters import index
 from unlearnjax.training.interrupt import Stop
-from unlearnjax.training.keeper import Keeper, open_keeper
-from unlearnjax.training.loop import Result, finished, fresh_states, train
-from unlearnjax.training.reference import stores_for
-from unlearnjax.training.step import Task
-from unlearnjax.training.waypoints import recorder, waypoint_steps
+from unlearnjax.training.keeper import open_keeper
+from unlearnjax.training.loop import finished
+from unlearnjax.training.waypoints import waypoint_steps
 
 CHECKPOINT_EVERY = 120.0  # seconds
 WAYPOINTS = "waypoints"  # a folder beside the checkpoints, and gone with them
-
-
-class Trained(NamedTuple):
-    """All candidates after training: adapters stacked over N (padded to one rank), their scales, and the history."""
-
-    lora: PyTree[Array]
-    scale: Array
-    result: Result
-
-
-def train_candidates(
-    model: LanguageModel,
-    prepared: Prepared,
-    recipe: Recipe,
-    *,
-    progress: bool = False,
-    keeper: Keeper | None = None,
-    stop: Stop | None = None,
-    waypoints: Path | None = None,
-) -> Trained:
-    """Train every candidate of the recipe in one compiled program (per length bucket).
-
-    Args:
-      keeper: gets checkpoints; training goes on from its newest one.
-      stop: asks training to save itself and to raise `Interrupted`.
-      waypoints: gets the adapters at the recipe's waypoints.
-    """
-    targets = resolve_targets(recipe.adapter.targets, model.config, "recipe: adapter")
-    adapter = lora(model.config, targets, max(c.rank for c in recipe.candidates))
-    use_dropout = any(c.dropout > 0 for c in recipe.candidates)
-    task = Task(model.model, adapter, prepared.objective, use_dropout, recipe.training.tokens_at_once)
-    h = prepared.hyperparameters
-    start = None
-    if keeper is not None:
-        start = keeper.restore(jax.eval_shape(lambda: fresh_states(task, model.params, h)))
-    stores = {}
-    if start is None or start.step < len(prepared.schedule.steps):
-        stores = stores_for(model.model, model.params, prepared.sides, prepared.objective, recipe.training.buckets)
-    after_step = None
-    if waypoints is not None:
-        after_step = recorder(waypoints, waypoint_steps(len(prepared.schedule.steps), recipe.training.waypoints))
-    result = train(
-        task, model.params, stores, prepared.schedule, h, progress=progress, start=start, keeper=keeper, stop=stop,
-        after_step=after_step,
-    )  # fmt: skip
-    return Trained(result.states.trainable, h.lora_alpha / h.lora_rank.astype(jnp.float32), result)
 
 
 def _no_search(options: Sequence[Merged]) -> Merged:
@@ -133,10 +84,11 @@ def merge_all(
         if at is not None
     ]
     names, ranks = [c.name for c in recipe.candidates], [c.rank for c in recipe.candidates]
+    deltas, largest = trained.deltas, max((c.rank for c in recipe.candidates if c.adapter == "lora"), default=1)
 
     def merge(wanted: Merge) -> Merged:
         own, mine = _of(wanted, names, kept)
-        return merge_candidates(own, trained.lora, trained.scale, mine, recipe.training.seed, ranks)
+        return merge_candidates(own, trained.lora, trained.scale, mine, recipe.training.seed, ranks, deltas)
 
     def options(wanted: Merge) -> list[Merged]:
         each = [dataclasses.replace(wanted, of=[names[i]]) for i in kept] if wanted.of == EACH else []
@@ -155,7 +107,7 @@ def merge_all(
             # The recipe was checked with all candidates; with those that are left a merge can be impossible.
             warnings.append(f"merge {wanted.name} was not made: {error}")
         else:
-            made.append((merged, export(merged, trained.lora, trained.scale, max(ranks))))
+            made.append((merged, export(merged, trained.lora, trained.scale, largest, deltas)))
     return made, warnings
 
 
@@ -192,9 +144,10 @@ def run(
     Args:
       model: a folder, a hub id, or a loaded model.
       sources: where forget, retain, members, non-members and probe rows come from.
-      out: a new or empty folder. It gets candidates/ and merges/ (PEFT adapters), model/ (the chosen merge as a Hugging
-        Face folder), generations/ (CSV), recipe.yml, report.json and report.html. Each appears whole; report.json comes
-        last, so a folder without it is a run that did not end.
+      out: a new or empty folder. It gets candidates/ and merges/ (PEFT adapters; Hugging Face folders of what trained
+        weights), model/ (the chosen merge, or of a recipe without merges the best candidate, as a Hugging Face folder),
+        generations/ (CSV), trace/ where layers are found by it, recipe.yml, report.json and report.html. Each appears
+        whole; report.json comes last, so a folder without it is a run that did not end.
       recipe: see `unlearnjax.recipes.load.load_recipe`.
       gold: a model that never saw the forget rows, to compare with: a folder, a hub id, or a loaded model, of the sizes
         and the tokenizer of `model`.
@@ -225,7 +178,8 @@ def run(
     folder = resolve(model) if isinstance(model, str) else None
     lm = without_weights(folder, str(model)) if folder is not None else model
     assert isinstance(lm, LanguageModel)
-    prepared = prepare(recipe, lm, data, sources)
+    groups = prepare(recipe, lm, data, sources)
+    check_waypoints(recipe, groups)
     mmlu = None if mmlu_data is None else load_prompts(lm, mmlu_data, mmlu_shots)
     reference = None if gold is None else load_reference(gold, lm, dtype, "gold model")
     if folder is not None:
@@ -233,27 +187,39 @@ def run(
 
     plain = to_plain(recipe)
     of_model, say = model_fingerprint(lm.params), say or say_by_warning
-    known = run_fingerprint(plain, data, prepared, of_model)
+    layers = traced_layers(
+        lm, recipe, data, sources, out, command=command, progress=progress, stop=stop, say=say
+    )  # fmt: skip
+    if layers:
+        groups = prepare(recipe, lm, data, sources, layers)
+    known = run_fingerprint(plain, data, groups, of_model)
     keeper = open_keeper(out / CHECKPOINTS, known, every=checkpoint_every, say=say, resume=resume)
     journal = Journal(out / CHECKPOINTS / EVALUATION, of_model, say)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(keeper.close)
+        keepers = [keeper]
+        for number in range(2, len(groups) + 1):
+            place = out / CHECKPOINTS / f"group-{number}"
+            begun = resume and any(place.glob("*step-*"))
+            keepers.append(open_keeper(place, known, every=checkpoint_every, say=say, resume=begun))
+            stack.callback(keepers[-1].close)
         clear(out)
         with staged_file(out / "recipe.yml") as path:
             path.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
         waypoints = out / CHECKPOINTS / WAYPOINTS if recipe.training.waypoints else None
         trained = train_candidates(
-            lm, prepared, recipe, progress=progress, keeper=keeper, stop=stop, waypoints=waypoints
-        )  # fmt: skip
-        described_candidates = describe_candidates(recipe.candidates, trained.result)
+            lm, groups, recipe, progress=progress, keepers=keepers, stop=stop, waypoints=waypoints
+        )
+        described_candidates = describe_candidates(recipe.candidates, trained.result, layers)
         if waypoints is not None:
-            steps = waypoint_steps(len(prepared.schedule.steps), recipe.training.waypoints)
+            steps = waypoint_steps(len(groups[0].schedule.steps), recipe.training.waypoints)
             ways = trajectories(
                 lm, waypoints, steps, trained.lora, trained.scale, recipe.evaluation, data, journal=journal,
                 progress=progress, stop=stop,
             )  # fmt: skip
             for candidate, way in zip(described_candidates, ways, strict=True):
                 candidate["trajectory"] = way
-        described = {**describe_data(sources, data), "padding_share": prepared.schedule.padding_share}
+        described = {**describe_data(sources, data), "padding_share": padding_share(groups)}
         if mmlu_data is not None and mmlu is not None:
             described["mmlu"] = describe_mmlu(mmlu_data, mmlu)
         about = {
@@ -267,9 +233,8 @@ def run(
             lm, recipe, data, trained, out, about, gold=reference, mmlu=mmlu, journal=journal, progress=progress,
             stop=stop,
         )  # fmt: skip
-        keeper.remove()
-    finally:
-        keeper.close()
+        for own in reversed(keepers):
+            own.remove()
     return report
 
 
@@ -293,14 +258,16 @@ def finish(
       about: the report's parts that were known before training.
       gold, mmlu, journal, stop: see `evaluate_all`.
     """
-    save_candidates(out / "candidates", lm, recipe, trained.lora)
+    save_candidates(out / "candidates", lm, recipe, trained)
     searcher = Searcher(lm, recipe, data, journal, progress, stop)
     merges, notes = merge_all(recipe, trained, searcher.choose)
     save_merges(out / "merges", lm, recipe, merges)
-    adapters = scaled(trained.lora, trained.scale)
+    adapters, kept = None if trained.lora is None else scaled(trained.lora, trained.scale), finished(trained.result)
+    loras = {recipe.candidates[i].name: index(adapters, i) for i in kept if i not in trained.deltas}
+    deltas = {recipe.candidates[i].name: trained.deltas[i] for i in kept if i in trained.deltas}
     models, more = evaluate_all(
-        lm, {recipe.candidates[i].name: index(adapters, i) for i in finished(trained.result)}, [m for m, _ in merges],
-        recipe.evaluation, data, out, gold=gold, mmlu=mmlu, journal=journal, progress=progress, stop=stop,
+        lm, loras, [m for m, _ in merges], recipe.evaluation, data, out, deltas=deltas, gold=gold, mmlu=mmlu,
+        journal=journal, progress=progress, stop=stop,
     )  # fmt: skip
 
     report: dict[str, Any] = {
@@ -315,11 +282,16 @@ def finish(
         "models": models,
         "warnings": [*notes, *more],
     }
-    chosen = choose_export(recipe.evaluation.export, [m for m, _ in merges], models)
+    alone = [] if recipe.merges else [*loras, *deltas]
+    chosen = choose_export(recipe.evaluation.export, [m for m, _ in merges], models, alone)
     if chosen is not None:
-        report["exported"] = chosen.merge.name
-        final = dataclasses.replace(lm, params=add_delta(lm.params, delta_of(chosen)))
-        save_model(final, out / "model", card=describe_model(lm.source, report, chosen.merge.name))
+        name = chosen if isinstance(chosen, str) else chosen.merge.name
+        report["exported"] = name
+        if isinstance(chosen, str):
+            delta = deltas[name] if name in deltas else lora_weights(loras[name])
+        else:
+            delta = delta_of(chosen)
+        save_model(changed(lm, delta), out / "model", card=describe_model(lm.source, report, name))
     with staged_file(out / "report.html") as path:
         path.write_text(render_html(report), encoding="utf-8")
     write_report(out, report)

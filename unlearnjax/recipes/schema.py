@@ -14,7 +14,8 @@ EACH, SEARCH = "each", "search"  # what a merge's `of` and `scale` may say in pl
 
 @dataclass(frozen=True)
 class Candidate:
-    """One candidate's settings. Everything here may differ between the candidates of a run.
+    """One candidate's settings. Everything here may differ between the candidates of a run; those that are alike in
+    what trains and in how rows come train in one program, others after them.
 
     Attributes:
       objective: a shorthand (`npo`, `graddiff`, ...) or {term: weight}.
@@ -24,6 +25,14 @@ class Candidate:
       beta: NPO's inverse temperature. parameters: of the other terms that have some, as {term: {name: value}}.
       rank, alpha, dropout: of the LoRA (scale alpha / rank).
       init_seed, order_seed: of the adapter (and its dropout), and of the order of rows.
+      adapter: `lora`, or `full`: the weights themselves, of `modules` of `layers`; never embeddings, head, final norm.
+      layers: `all`, a list (counted from 0), `last-K`, or `auto`: the range that tracing the forget set recommends.
+      modules: `mlp`, `self_attn` or `all` of a layer; a LoRA has those of the run's targets that lie in them.
+      order: of rows: null, as `Training.order` says, in micro-batches of forget and retain rows side by side; or, for
+        objectives of micro-batches that mix them, `mixed`, `chunked` or `annealed` (see `unlearnjax.data.sequences`),
+        with `order_parameters` {name: value}.
+      separator: between prompt and answer. append_eos: the answer ends with the end of text.
+      chat_template: the prompt goes into the tokenizer's chat template, as a user's turn.
     """
 
     name: str
@@ -44,11 +53,19 @@ class Candidate:
     dropout: float = 0.05
     init_seed: int = 42
     order_seed: int = 42
+    adapter: str = "lora"
+    layers: str | Sequence[int] = "all"
+    modules: str = "all"
+    order: str | None = None
+    order_parameters: Mapping[str, Any] = field(default_factory=dict)
+    separator: str = ""
+    append_eos: bool = True
+    chat_template: bool = False
 
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """What trains. `targets`: `all` linears of every layer, or a list of names."""
+    """What a LoRA adapts. `targets`: `all` linears of a layer, or a list of names."""
 
     type: str = "lora"
     targets: str | Sequence[str] = "all"

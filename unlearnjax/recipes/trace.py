@@ -3,7 +3,6 @@
 import dataclasses
 import datetime
 import json
-import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from unlearnjax.recipes.progress import bars, say_by_warning, stage
 from unlearnjax.recipes.resume import Kind, claim, model_fingerprint
 from unlearnjax.report.schema import write_json
 from unlearnjax.report.trace import FILE, complete, render_trace_html
-from unlearnjax.tracing.effects import SEMANTICS, check_width, effects, recommend
+from unlearnjax.tracing.effects import SEMANTICS, check_width, default_width, effects, recommend
 from unlearnjax.tracing.facts import load_facts
 from unlearnjax.tracing.tokens import locate
 from unlearnjax.tracing.trace import Settings, Traced, Tracer, traced
@@ -30,11 +29,6 @@ from unlearnjax.training.interrupt import Stop
 
 TRACE = Kind("trace", "journal", FILE)
 FACTS = "facts.jsonl"
-
-
-def default_width(layers: int) -> int:
-    """Selective Amnesia's share: 6 of 16 layers."""
-    return max(1, math.ceil(3 * layers / 8))
 
 
 def run_trace(

@@ -9,6 +9,7 @@ Two readings of the same scores:
   second, and its "middle" includes the last.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -47,6 +48,11 @@ class Mean(NamedTuple):
     low: list[float]
     high: list[float]
     facts: int
+
+
+def default_width(layers: int) -> int:
+    """How many layers to unlearn in: Selective Amnesia's share, 6 of 16."""
+    return max(1, math.ceil(3 * layers / 8))
 
 
 def check_width(width: int, layers: int) -> None:
@@ -136,8 +142,8 @@ def recommend(traces: Sequence[Traced], kind: str, width: int, seed: int = 0) ->
     table = np.stack([_at(t, t.restored[kind], ROME[SUBJECT], "rome") for t in traces])  # type: ignore[misc]
     weights = _resamples([t.subject for t in traces], seed)
     curve = table.mean(axis=0)
-    first = _best(curve, width)
-    drawn = [_best(row, width) for row in _resampled(table, weights)]
+    first = best_range(curve, width)
+    drawn = [best_range(row, width) for row in _resampled(table, weights)]
     positive = np.maximum(curve, 0.0)
     return {
         "kind": kind, "place": SUBJECT, "layers": [first, first + width - 1],
@@ -146,6 +152,6 @@ def recommend(traces: Sequence[Traced], kind: str, width: int, seed: int = 0) ->
     }  # fmt: skip
 
 
-def _best(curve: np.ndarray, width: int) -> int:
-    """Where the range of the largest sum begins; of equal ones the lowest."""
+def best_range(curve: np.ndarray | Sequence[float], width: int) -> int:
+    """Of an effect by layer: where the range of the largest sum begins; of equal ones the lowest."""
     return int(np.argmax(np.convolve(curve, np.ones(width), mode="valid")))

@@ -15,7 +15,7 @@ from unlearnjax.data.tokens import Store
 from unlearnjax.training.hyperparameters import Hyperparameters
 from unlearnjax.training.interrupt import Interrupted, Stop
 from unlearnjax.training.state import State, init_state
-from unlearnjax.training.step import Metrics, Task, Work, compiled_step
+from unlearnjax.training.step import Metrics, Task, Work, by_variant, compiled_step
 
 
 class Curve(NamedTuple):
@@ -196,7 +196,11 @@ def train(
 def fresh_states(task: Task, params: PyTree, h: Hyperparameters) -> State:
     """All candidates before their first step."""
     memory = {t.name: t.adaptive.names for t in task.objective.terms if t.adaptive is not None}
-    return jax.jit(jax.vmap(lambda c: init_state(task.adapter, params, c, memory)))(h)
+
+    def fresh(own: Task, h: Hyperparameters) -> State:
+        return jax.vmap(lambda c: init_state(own.adapter, params, c, memory))(h)
+
+    return jax.jit(lambda h: by_variant(task, fresh, h))(h)
 
 
 def _where(done: int, total: int, keeper: Keeper | None) -> str:

@@ -1,11 +1,12 @@
 """One candidate's step, and the same step mapped over all candidates: the one compiled program of a run."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from unlearnjax.adapters.protocol import Adapter
@@ -18,13 +19,18 @@ from unlearnjax.training.state import State, apply_update, choose
 
 
 class Task(NamedTuple):
-    """What is fixed for a run and known when it is compiled."""
+    """What is fixed for a run and known when it is compiled.
+
+    `variants`: adapters that candidates have in place of `adapter`, each with their places among the N, all N in one of
+    them. Their trainable trees have the same shapes: other layers, as many.
+    """
 
     model: Model
     adapter: Adapter
     objective: Objective
     use_dropout: bool
     tokens_at_once: int | None = None  # see `together`
+    variants: tuple[tuple[Adapter, tuple[int, ...]], ...] = ()
 
 
 class Work(NamedTuple):
@@ -129,6 +135,18 @@ def together(task: Task, candidates: int, tokens: int) -> int:
     return -(-candidates // groups)
 
 
+def by_variant(task: Task, run: Callable[[Task, PyTree], PyTree], stacked: PyTree[Array]) -> PyTree[Array]:
+    """`run` of a stack of candidates, for each variant's candidates apart where the task has variants."""
+    if not task.variants:
+        return run(task, stacked)
+    parts = []
+    for adapter, places in task.variants:
+        chosen = np.asarray(places, np.int32)
+        parts.append(run(task._replace(adapter=adapter, variants=()), jax.tree.map(lambda x, c=chosen: x[c], stacked)))
+    back = np.argsort(np.concatenate([places for _, places in task.variants]))
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs)[back], *parts)
+
+
 def step(
     task: Task, params: PyTree, stores: dict[str, Store], states: State, work: Work, h: Hyperparameters,
     width: int, answers: int,
@@ -137,13 +155,19 @@ def step(
 
     One candidate's code never mentions N. The update is skipped in steps that end no candidate's accumulation.
     """
-    one = lambda s, w, c: accumulate(task, params, stores, s, w, c, width, answers)  # noqa: E731
-    candidates = work.update.shape[0]
-    group = together(task, candidates, width * sum(x.shape[1] for x in work.rows.values()))
-    if group == candidates:
-        states, metrics = jax.vmap(one)(states, work, h)
-    else:
-        states, metrics = jax.lax.map(lambda x: one(*x), (states, work, h), batch_size=group)
+    tokens = width * sum(x.shape[1] for x in work.rows.values())
+
+    def gradients(own: Task, stacked: tuple[State, Work, Hyperparameters]) -> tuple[State, Metrics]:
+        one = lambda s, w, c: accumulate(own, params, stores, s, w, c, width, answers)  # noqa: E731
+        candidates = stacked[1].update.shape[0]
+        group = together(own, candidates, tokens)
+        if group == candidates:
+            return jax.vmap(one)(*stacked)
+        return jax.lax.map(lambda x: one(*x), stacked, batch_size=group)
+
+    # What a gradient leaves as it is goes around the groups: they would copy it.
+    after, metrics = by_variant(task, gradients, (states._replace(moments=()), work, h))
+    states = after._replace(trainable=states.trainable, moments=states.moments)
 
     def update(states: State) -> tuple[State, Array]:
         return jax.vmap(apply_update)(states, work.update, h, work.share, work.restart)

@@ -1,0 +1,166 @@
+"""The training of a recipe's candidates: group after group, each group in one compiled program per length bucket."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from unlearnjax.adapters.lora import widened
+from unlearnjax.errors import UserError
+from unlearnjax.models.decoder import build
+from unlearnjax.models.language_model import LanguageModel
+from unlearnjax.recipes.groups import adapters_of
+from unlearnjax.recipes.prepare import Prepared
+from unlearnjax.recipes.schema import Recipe
+from unlearnjax.training.hyperparameters import index
+from unlearnjax.training.interrupt import Stop
+from unlearnjax.training.keeper import Keeper
+from unlearnjax.training.loop import Result, fresh_states, train
+from unlearnjax.training.reference import stores_for
+from unlearnjax.training.step import Task
+from unlearnjax.training.waypoints import recorder, waypoint_steps
+
+
+class Trained(NamedTuple):
+    """All candidates after training.
+
+    lora: the LoRAs stacked over N, padded with zeros to one rank, to all layers and to the same linears, and zero for
+    candidates that are none; None where no candidate is a LoRA. scale: [N], alpha / rank.
+    result: the history of all N; its states are the first group's.
+    deltas: of the other candidates, by their place among the N: the change of the weights, float32.
+    """
+
+    lora: PyTree[Array] | None
+    scale: Array
+    result: Result
+    deltas: Mapping[int, PyTree[Array]] = MappingProxyType({})
+
+
+def train_candidates(
+    model: LanguageModel,
+    groups: Sequence[Prepared],
+    recipe: Recipe,
+    *,
+    progress: bool = False,
+    keepers: Sequence[Keeper] = (),
+    stop: Stop | None = None,
+    waypoints: Path | None = None,
+) -> Trained:
+    """Train every candidate of the recipe.
+
+    Args:
+      groups: of `prepare`.
+      keepers: one for each group. They get checkpoints; training goes on from the newest ones.
+      stop: asks training to save itself and to raise `Interrupted`.
+      waypoints: gets the adapters at the recipe's waypoints (see `check_waypoints`).
+    """
+    results, loras, deltas = [], {}, {}
+    for number, group in enumerate(groups):
+        keeper = keepers[number] if keepers else None
+        label = "training" if len(groups) == 1 else f"training {number + 1}/{len(groups)}"
+        task, result = _train(model, group, recipe, keeper, stop, waypoints, progress, label)
+        results.append(result)
+        for adapter, own in task.variants or ((task.adapter, tuple(range(len(group.group.places)))),):
+            for i in own:
+                place, trainable = group.group.places[i], index(result.states.trainable, i)
+                if group.group.kind.adapter == "full":
+                    deltas[place] = adapter.delta(model.params, trainable, index(group.hyperparameters, i))
+                elif group.group.kind.layers is None:
+                    loras[place] = trainable
+                else:
+                    loras[place] = widened(trainable, group.group.layers[i], model.config.layers)
+    if len(groups) == 1 and not deltas and groups[0].group.kind.layers is None:
+        stacked = results[0].states.trainable
+    else:
+        stacked = _stacked(loras, len(recipe.candidates)) if loras else None
+    scale = jnp.asarray([c.alpha / c.rank for c in recipe.candidates], jnp.float32)
+    return Trained(stacked, scale, _together(results, groups), deltas)
+
+
+def _train(
+    model: LanguageModel,
+    prepared: Prepared,
+    recipe: Recipe,
+    keeper: Keeper | None,
+    stop: Stop | None,
+    waypoints: Path | None,
+    progress: bool,
+    label: str,
+) -> tuple[Task, Result]:
+    kind, h = prepared.group.kind, prepared.hyperparameters
+    candidates = [recipe.candidates[i] for i in prepared.group.places]
+    variants = adapters_of(prepared.group, model.config, recipe.adapter.targets, max(c.rank for c in candidates))
+    use_dropout = kind.adapter == "lora" and any(c.dropout > 0 for c in candidates)
+    # Adapters of some layers give them taken apart.
+    decoder = model.model if kind.layers is None else build(model.config, unroll=True)
+    task = Task(
+        decoder, variants[0][0], prepared.objective, use_dropout, recipe.training.tokens_at_once,
+        tuple(variants) if len(variants) > 1 else (),
+    )  # fmt: skip
+    start = None
+    if keeper is not None:
+        start = keeper.restore(jax.eval_shape(lambda: fresh_states(task, model.params, h)))
+    stores = {}
+    steps = prepared.schedule.steps
+    if start is None or start.step < len(steps):
+        stores = stores_for(model.model, model.params, prepared.sides, prepared.objective, recipe.training.buckets)
+    after_step = None
+    if waypoints is not None:
+        after_step = recorder(waypoints, waypoint_steps(len(steps), recipe.training.waypoints))
+    result = train(
+        task, model.params, stores, prepared.schedule, h, progress=progress, label=label, start=start, keeper=keeper,
+        stop=stop, after_step=after_step,
+    )  # fmt: skip
+    return task, result
+
+
+def check_waypoints(recipe: Recipe, groups: Sequence[Prepared]) -> None:
+    """Check that the recipe's candidates can be looked at on the way, if it asks for that.
+
+    Raises:
+      UserError: they are not all LoRAs on all layers that train together.
+    """
+    if recipe.training.waypoints and (len(groups) > 1 or groups[0].group.kind.layers is not None):
+        raise UserError(
+            "recipe: training: waypoints are for candidates that train together as LoRAs on all layers; set them to 0"
+        )
+
+
+def _stacked(loras: Mapping[int, PyTree[Array]], count: int) -> PyTree[Array]:
+    """Adapters by place to one stack of `count`: padded with zeros where a rank, a linear or a candidate is missing."""
+    pairs: dict[tuple[str, str], dict[int, dict[str, Array]]] = {}
+    for place, tree in loras.items():
+        for block, linears in tree["layers"].items():
+            for linear, pair in linears.items():
+                pairs.setdefault((block, linear), {})[place] = pair
+    rank = max(pair["a"].shape[-2] for own in pairs.values() for pair in own.values())
+    layers: dict[str, dict[str, dict[str, Array]]] = {}
+    for (block, linear), own in pairs.items():
+        like = next(iter(own.values()))
+        layer_count, _, inner = like["a"].shape
+        a = jnp.zeros((count, layer_count, rank, inner), jnp.float32)
+        b = jnp.zeros((count, layer_count, like["b"].shape[1], rank), jnp.float32)
+        for place, pair in own.items():
+            r = pair["a"].shape[-2]
+            a, b = a.at[place, :, :r].set(pair["a"]), b.at[place, :, :, :r].set(pair["b"])
+        layers.setdefault(block, {})[linear] = {"a": a, "b": b}
+    return {"layers": layers}
+
+
+def _together(results: Sequence[Result], groups: Sequence[Prepared]) -> Result:
+    """The groups' histories as one, in the recipe's order of candidates."""
+    if len(results) == 1:
+        return results[0]
+    places = [place for group in groups for place in group.group.places]
+    order = sorted(range(len(places)), key=places.__getitem__)
+    curves = [curve for r in results for curve in r.curves]
+    diverged = [at for r in results for at in r.diverged_at]
+    return Result(
+        results[0].states, [curves[i] for i in order], [diverged[i] for i in order], sum(r.seconds for r in results),
+        sum(r.candidate_steps for r in results), sum(r.steady_seconds for r in results),
+        sum(r.steady_candidate_steps for r in results),
+    )  # fmt: skip
