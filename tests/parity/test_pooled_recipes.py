@@ -20,7 +20,8 @@ from unlearnjax.recipes.train_step import train_candidates
 from unlearnjax.training.hyperparameters import index
 from unlearnjax.training.state import init_state
 
-WORDS = ["ada", "bob", "went", "home", "to", "see", "the", "old", "red", "fox", "near", "a", "long", "river", "and", "then", "they", "all", "came", "back"]
+SENTENCE = "ada bob went home to see the old red fox near a long river and then they all came back"
+WORDS = SENTENCE.split()
 UPDATES, RATE = 10, 2e-3
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
