@@ -15,14 +15,15 @@ Other data sets run at the paper's scale by hub id, such as `--train zh-plus/tin
 zh-plus/tiny-imagenet:valid --size 64`, or CUB-200 at 224 (images are resized, and from 64 on the stem is ImageNet's);
 they were not run.
 
-Writes one run per seed and variant under --out, and the figures to keep as negmerge_cifar10_SCALE.json in --results:
-each model's accuracy on retain, forget and test images, MIA-efficacy, and Avg. Gap to the retrained model; the sweeps
+Writes one run per seed and variant under --out, and the figures to keep as negmerge_cifar10_SCALE.json in --results
+(runs of other seeds and variants stay in it, so that seeds may be run one by one): each model's accuracy on retain, forget and test images, MIA-efficacy, and Avg. Gap to the retrained model; the sweeps
 along lambda. Expected from the paper (ResNet-18; retain, forget, test, MIA, gap): retrained 100, 94.76, 94.26, 12.88;
 best single task vector 98.36, 94.85, 91.49, 10.91, 1.62; uniform gap 1.75; NegMerge gap 1.07.
 """
 
 import argparse
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,7 +113,7 @@ def variant_of(recipe: ImageRecipe, variant: str, first: bool) -> ImageRecipe:
         candidates = tuple(dataclasses.replace(c, flip=0.5, crop_padding=4) for c in candidates)
     if first:
         return recipe
-    core = tuple(m for m in recipe.merges if m.name in ("consensus", "uniform", "conflict_only", "best_single"))
+    core = tuple(m for m in recipe.merges if m.name in ("consensus", "uniform", "conflict_only"))
     return dataclasses.replace(
         recipe, training=training, selection=selection, candidates=candidates, merges=core, baselines={}
     )
@@ -141,7 +142,9 @@ def main() -> None:
     images = load_images(train_file, size=a.size, channels=3)
     stem = "cifar" if a.size < 64 else "imagenet"
     scale = scale._replace(config=dataclasses.replace(scale.config, classes=len(images.names), stem=stem))
-    kept: dict[str, Any] = {"scale": a.scale, "runs": []}
+    results = Path(a.results) / f"negmerge_cifar10_{a.scale}.json"
+    known = json.loads(results.read_text("utf-8"))["runs"] if results.exists() else []
+    kept: dict[str, Any] = {"scale": a.scale, "runs": known}
     for seed in a.seeds:
         models = out / f"models-seed{seed}"
         mask = forget_mask(images, fraction=FRACTION, seed=seed)
@@ -163,8 +166,10 @@ def main() -> None:
                     title=f"NegMerge on CIFAR-10 ({a.scale}), {variant}, seed {seed}",
                 )  # fmt: skip
             print(f"\n{variant}, seed {seed}\n{render_images_markdown(report)}", flush=True)
-            kept["runs"].append({"seed": seed, "variant": variant, "separation": separation(report), **slim(report)})
-            save(kept, Path(a.results) / f"negmerge_cifar10_{a.scale}.json")
+            mine = {"seed": seed, "variant": variant, "separation": separation(report), **slim(report)}
+            others = [r for r in kept["runs"] if (r["seed"], r["variant"]) != (seed, variant)]
+            kept["runs"] = sorted([*others, mine], key=lambda r: (r["seed"], r["variant"] != a.variants[0]))
+            save(kept, results)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ class Trained(NamedTuple):
 
     lora: the LoRAs stacked over N, padded with zeros to one rank, to all layers and to the same linears, and zero for
     candidates that are none; None where no candidate is a LoRA. scale: [N], alpha / rank.
-    result: the history of all N; its states are the first group's.
-    deltas: of the other candidates, by their place among the N: the change of the weights, float32.
+    result: the history of all N; its states hold no weights any more.
+    deltas: of the other candidates, by their place among the N: the change of the weights, float32, in host memory.
     """
 
     lora: PyTree[Array] | None
@@ -63,18 +63,22 @@ def train_candidates(
         keeper = keepers[number] if keepers else None
         label = "training" if len(groups) == 1 else f"training {number + 1}/{len(groups)}"
         task, result = _train(model, group, recipe, keeper, stop, waypoints, progress, label)
-        results.append(result)
+        trained = result.states.trainable
+        # Moments and gradients are done with: the next group, and the evaluation, need their room.
+        results.append(result._replace(states=result.states._replace(trainable=(), moments=(), gradient=())))
+        del result
         for adapter, own in task.variants or ((task.adapter, tuple(range(len(group.group.places)))),):
             for i in own:
-                place, trainable = group.group.places[i], index(result.states.trainable, i)
+                place, trainable = group.group.places[i], index(trained, i)
                 if group.group.kind.adapter == "full":
-                    deltas[place] = adapter.delta(model.params, trainable, index(group.hyperparameters, i))
+                    delta = adapter.delta(model.params, trainable, index(group.hyperparameters, i))
+                    deltas[place] = jax.device_get(delta)
                 elif group.group.kind.layers is None:
                     loras[place] = trainable
                 else:
                     loras[place] = widened(trainable, group.group.layers[i], model.config.layers)
     if len(groups) == 1 and not deltas and groups[0].group.kind.layers is None:
-        stacked = results[0].states.trainable
+        stacked = trained
     else:
         stacked = _stacked(loras, len(recipe.candidates)) if loras else None
     scale = jnp.asarray([c.alpha / c.rank for c in recipe.candidates], jnp.float32)
