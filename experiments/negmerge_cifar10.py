@@ -16,9 +16,10 @@ zh-plus/tiny-imagenet:valid --size 64`, or CUB-200 at 224 (images are resized, a
 they were not run.
 
 Writes one run per seed and variant under --out, and the figures to keep as negmerge_cifar10_SCALE.json in --results
-(runs of other seeds and variants stay in it, so that seeds may be run one by one): each model's accuracy on retain, forget and test images, MIA-efficacy, and Avg. Gap to the retrained model; the sweeps
-along lambda. Expected from the paper (ResNet-18; retain, forget, test, MIA, gap): retrained 100, 94.76, 94.26, 12.88;
-best single task vector 98.36, 94.85, 91.49, 10.91, 1.62; uniform gap 1.75; NegMerge gap 1.07.
+(runs of other seeds and variants stay in it, so that seeds may be run one by one): each model's accuracy on retain,
+forget and test images, MIA-efficacy, and Avg. Gap to the retrained model; the sweeps along lambda. Expected from the
+paper (ResNet-18; retain, forget, test, MIA, gap): retrained 100, 94.76, 94.26, 12.88; best single task vector 98.36,
+94.85, 91.49, 10.91, 1.62; uniform gap 1.75; NegMerge gap 1.07.
 """
 
 import argparse
