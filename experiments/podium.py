@@ -7,7 +7,8 @@ command goes on after a stop with --resume added):
         --nonmembers LUME/mia/member.jsonl --out out/podium
 
 Models and data are those of semeval_ties.py --scale small (a --work folder of its models serves here too). Every
-candidate of podium_small.yml is trained with each seed (of the adapter and of the order of rows), all in one run, and
+candidate of podium_small.yml is trained with each seed (of the adapter and of the order of rows), all in one run, but
+SUGD once: it takes rows in their order and draws nothing. They are
 merged with those of its seed: ZJUKLAB (TIES of an over- and an under-forgetting LoRA), NegMerge (consensus of four
 that learn, subtracted), Selective Amnesia (MLPs of the layers that a trace of the forget set recommends), SUGD, AGAD,
 gradient ascent, GradDiff, NPO, SimNPO, RMU; and merges across the first three systems.
@@ -68,18 +69,25 @@ def arguments() -> argparse.Namespace:
 
 
 def with_seeds(recipe: Recipe, seeds: list[int]) -> Recipe:
-    """Every candidate and merge once per seed, called NAME-seedS; a merge is of its seed's candidates."""
+    """Every candidate and merge once per seed, called NAME-seedS; a merge is of its seed's candidates. A candidate that
+    draws nothing is there once, as NAME."""
+    fixed = {c.name for c in recipe.candidates if c.order == "chunked" and c.adapter == "full"}
 
     def candidate(c: Candidate, seed: int) -> Candidate:
+        if c.name in fixed:
+            return c
         more = {"init_seed": c.init_seed + seed, "order_seed": c.order_seed + seed}
         return dataclasses.replace(c, name=f"{c.name}-seed{seed}", **more)  # type: ignore[arg-type]
 
     def merge(m: Merge, seed: int) -> Merge:
-        return dataclasses.replace(m, name=f"{m.name}-seed{seed}", of=[f"{name}-seed{seed}" for name in m.of or ()])
+        of = [name if name in fixed else f"{name}-seed{seed}" for name in m.of or ()]
+        return dataclasses.replace(m, name=f"{m.name}-seed{seed}", of=of)
 
     return dataclasses.replace(
         recipe,
-        candidates=tuple(candidate(c, seed) for seed in seeds for c in recipe.candidates),
+        candidates=tuple(
+            {own.name: own for s in seeds for own in (candidate(c, s) for c in recipe.candidates)}.values()
+        ),
         merges=tuple(merge(m, seed) for seed in seeds for m in recipe.merges),
     )
 

@@ -39,7 +39,7 @@ def test_a_lora_on_all_layers_is_the_ordinary_one():
 def test_a_group_has_an_adapter_for_each_set_of_layers():
     (group,) = groups(*({**AMNESIA, "layers": own} for own in ([0, 1], [2, 3], [1, 0])))
     made = adapters_of(group, CONFIG, "all", 4)
-    assert [places for _, places in made] == [(0, 2), (1,)]
+    assert group.places == (0, 2, 1) and [places for _, places in made] == [(0, 1), (2,)]
     assert [a.name for a, _ in made] == ["mlp of layers 0, 1", "mlp of layers 2, 3"]
 
 
@@ -77,6 +77,8 @@ def test_layers():
             "fraction must be a number above 0, of at",
         ),
         ({**SUGD, "order": "annealed", "order_parameters": {"finally_all": 1}}, "finally_all must be true or false"),
+        ({**SUGD, "order": "annealed", "order_parameters": {"anneal_rate": float("inf")}}, "anneal_rate must be a"),
+        ({**SUGD, "order_parameters": {"ratio": 2**31}}, "ratio must be a whole number above 0"),
         ({"append_eos": 1}, "append_eos must be true or false"),
         ({"separator": None}, "separator must be text"),
     ],
@@ -93,6 +95,20 @@ def test_merges_of_weights_have_no_factors():
     recipe({}, {**AMNESIA, "layers": [0]}, {}, merges=[{**ties, "of": ["c0", "c2"]}])
     with pytest.raises(UserError, match="rank is of an adapter, and c1 trains weights"):
         recipe({}, {**AMNESIA, "layers": [0]}, merges=[{"method": "linear", "rank": 4}])
+
+
+def test_an_update_has_no_row_twice():
+    with pytest.raises(
+        UserError, match=r"'c0': order_parameters: an update of 7 retain rows, and the retain set has 6"
+    ):
+        sequence_of(recipe(SUGD).candidates[0], 5, 6)
+
+
+def test_an_export_is_a_merge_or_where_there_is_none_a_candidate():
+    raw = {"candidates": [{"name": "a"}, {"name": "b"}], "evaluation": {"export": "b"}}
+    assert recipe_from(raw, "x").evaluation.export == "b"
+    with pytest.raises(UserError, match="unknown merge 'b'"):
+        recipe_from({**raw, "merges": [{"method": "linear"}]}, "x")
 
 
 def test_the_published_systems():

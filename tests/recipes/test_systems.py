@@ -1,6 +1,7 @@
 """Candidates of several methods in one run: a LoRA, Selective Amnesia where the trace says, SUGD, AGAD; merged."""
 
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,9 @@ import torch
 import transformers
 
 from unlearnjax.cli.main import main
+from unlearnjax.data.rows import write_rows
 from unlearnjax.errors import UserError
+from unlearnjax.io.locks import lock_folder
 from unlearnjax.io.peft import load_adapter
 from unlearnjax.merging.lora_space import lora_delta
 from unlearnjax.models.language_model import load_model
@@ -19,6 +22,7 @@ from unlearnjax.recipes.prepare import load_data, prepare
 from unlearnjax.recipes.run import run
 from unlearnjax.recipes.train_step import train_candidates
 from unlearnjax.report.schema import read_report
+from unlearnjax.training.interrupt import Interrupted, Stop
 
 POOL = {"append_eos": False, "warmup_ratio": 0, "dropout": 0.0, "weight_decay": 0.0, "max_grad_norm": 1.0}
 AMNESIA = {
@@ -219,6 +223,86 @@ def test_a_model_that_knows_nothing_has_no_layers_to_find(world, tmp_path):
             base.source, sources._replace(forget=str(forget)), tmp_path / "out", recipe_from(PLAIN, "x"), progress=False
         )
     assert "give layers as a list" in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_a_trace_that_was_stopped_goes_on_with_the_run(done, world, tmp_path, monkeypatch):
+    import unlearnjax.recipes.layers_step as step
+
+    base, _, sources = world
+    out, recipe, real = tmp_path / "out", recipe_from(PLAIN, "x"), step.run_trace
+    monkeypatch.setattr(step, "run_trace", lambda *args, **more: real(*args, **{**more, "stop": Stop(signum=15)}))
+    with pytest.raises(Interrupted):
+        run(base.source, sources, out, recipe, progress=False)
+    assert (out / "trace").exists() and not (out / "trace" / "trace.json").exists()
+    monkeypatch.setattr(step, "run_trace", real)
+    report = run(base.source, sources, out, recipe, progress=False, resume=True, say=lambda _: None)
+    assert [m["scores"] for m in report["models"]] == [m["scores"] for m in done[1]["models"]]
+
+
+def test_a_trace_is_not_taken_from_another_process_or_run(world, tmp_path, monkeypatch):
+    import unlearnjax.recipes.run as job
+
+    base, corpus, sources = world
+    out, recipe = tmp_path / "out", recipe_from(PLAIN, "x")
+
+    def fails(*args, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "train_candidates", fails)
+    with pytest.raises(KeyboardInterrupt):
+        run(base.source, sources, out, recipe, progress=False)
+    trace = (out / "trace" / "trace.json").read_bytes()
+    other = tmp_path / "forget.jsonl"
+    write_rows(other, corpus.forget[:4])
+    with pytest.raises(UserError, match="is of another run: its layers were found by tracing other facts"):
+        run(base.source, sources._replace(forget=str(other)), out, recipe, progress=False, resume=True)
+    lock = lock_folder(out / "checkpoints")
+    try:
+        with pytest.raises(UserError, match="another process"):
+            run(base.source, sources, out, recipe, progress=False, resume=True)
+    finally:
+        os.close(lock)
+    assert (out / "trace" / "trace.json").read_bytes() == trace
+
+
+def test_a_merge_that_keeps_nothing_is_told(world, tmp_path):
+    base, _, sources = world
+    raw = {
+        "candidates": [{"name": "a", **AMNESIA, "layers": [0]}, {"name": "b", **AMNESIA, "layers": [1]}],
+        "merges": [{"name": "none", "method": "consensus"}, {"name": "both", "method": "ties", "density": 0.5}],
+        "training": {"buckets": 1}, "evaluation": {"max_new_tokens": 12},
+    }  # fmt: skip
+    report = run(base.source, sources, tmp_path / "out", recipe_from(raw, "x"), progress=False)
+    assert [w for w in report["warnings"] if "none" in w] == [
+        "merge none changes nothing: it kept no weight of its candidates (those that train different layers share none)"
+    ]
+    assert {m["name"]: m["length"] > 0 for m in report["merges"]} == {"none": False, "both": True}
+
+
+def test_an_objective_that_reads_below_what_trains_is_refused(world):
+    base, _, sources = world
+    raw = {"candidates": [{"name": "r", "objective": "rmu", "layers": "last-1"}], "evaluation": {"max_new_tokens": 12}}
+    with pytest.raises(
+        UserError, match=r"'r': rmu, rmu_retain read the output of layer 1 .* only layers above it train"
+    ):
+        prepare(recipe_from(raw, "x"), base, load_data(sources), sources)
+
+
+def test_a_diverged_candidate_of_weights_leaves_the_merge(world, tmp_path):
+    base, _, sources = world
+    raw = {
+        "candidates": [
+            {"name": "wild", **AMNESIA, "layers": [0], "learning_rate": 1e30, "schedule": "constant"},
+            {"name": "tame", **AMNESIA, "layers": [1]},
+        ],
+        "merges": [{"name": "mean", "method": "linear"},
+                   {"name": "far", "method": "linear", "of": "each", "scale": "search"}],
+        "search": {"scales": [0, 1], "rows": 4}, "training": {"buckets": 1}, "evaluation": {"max_new_tokens": 12},
+    }  # fmt: skip
+    report = run(base.source, sources, tmp_path / "out", recipe_from(raw, "x"), progress=False)
+    assert [c["status"] for c in report["candidates"]] == ["diverged", "finished"]
+    assert report["merges"] and all(m["candidates"] == ["tame"] for m in report["merges"])
+    assert any("wild diverged" in w for w in report["warnings"])
 
 
 def test_waypoints_are_refused(world, tmp_path):

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PyTree
 
 from unlearnjax.adapters.lora import check_layers, widened
@@ -16,6 +17,22 @@ from unlearnjax.models.protocol import Variables
 from unlearnjax.training.hyperparameters import Hyperparameters
 
 MODULES: dict[str, tuple[str, ...] | None] = {"mlp": ("mlp",), "self_attn": ("attention",), "all": None}
+
+
+def change_on_host(params: PyTree[Array], trainable: PyTree[Array], layers: Sequence[int]) -> PyTree[np.ndarray]:
+    """`delta` of the adapter that trained `layers`, made leaf by leaf in host memory, float32."""
+    chosen = sorted(layers)
+
+    def leaf(path: tuple, trained: Array) -> np.ndarray:
+        base = params
+        for key in path:
+            base = base[key.key]
+        whole = np.zeros(base.shape, np.float32)
+        for place, layer in enumerate(chosen):
+            whole[layer] = np.asarray(trained[place]) - np.asarray(base[layer], np.float32)
+        return whole
+
+    return jax.tree_util.tree_map_with_path(leaf, trainable)
 
 
 def restricted(config: ModelConfig, layers: Sequence[int], modules: str = "mlp") -> Adapter:

@@ -247,4 +247,5 @@ def build(
     run = functools.partial(forward, config, unroll, remat, scores_at_once)
     cache = functools.partial(init_cache, config, unroll)
     split = functools.partial(apart, config, unroll)
-    return Model(config, run, functools.partial(abstract_params, config), head, cache, split)
+    whole = functools.partial(build, config, unroll=True, remat=remat, scores_at_once=scores_at_once)
+    return Model(config, run, functools.partial(abstract_params, config), head, cache, split, whole)

@@ -62,6 +62,7 @@ class Model(NamedTuple):
         `replace`, whose positions then are those of `at`.
     `init_cache(batch, slots, dtype)`: an empty cache.
     `apart(tree, axis=0)`: base weights or an adapter as a loop over calls wants them. `forward` takes them too.
+    `unrolled()`: the same decoder with its layers unrolled, for adapters that give them taken apart.
     `abstract(dtype)`: the abstract parameter tree. `head(params)`: the output embedding, [vocab, hidden].
     """
 
@@ -71,3 +72,4 @@ class Model(NamedTuple):
     head: Callable[[PyTree], Array]
     init_cache: Callable[[int, int, Any], Cache]
     apart: Callable[..., PyTree]
+    unrolled: Callable[[], "Model"]

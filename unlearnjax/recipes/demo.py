@@ -27,6 +27,7 @@ from unlearnjax.recipes.prepare import Data, Sources, prepare
 from unlearnjax.recipes.resume import check_interval, claim
 from unlearnjax.recipes.run import CHECKPOINT_EVERY, run
 from unlearnjax.recipes.schema import Recipe
+from unlearnjax.recipes.train_step import check_waypoints
 from unlearnjax.report.schema import FILE as REPORT
 from unlearnjax.training.interrupt import Stop
 
@@ -95,7 +96,7 @@ def demo(
     corpus = make_corpus(seed)
     outline = make_outline(seed)
     data = Data(corpus.forget, corpus.retain, corpus.members, corpus.nonmembers, corpus.neutral)
-    prepare(recipe, outline, data, Sources(*Data._fields))
+    check_waypoints(recipe, prepare(recipe, outline, data, Sources(*Data._fields)))
     if (folder / "base").is_dir():
         base = dataclasses.replace(outline, params=load_params(folder / "base", outline.config, "float32"))
     else:

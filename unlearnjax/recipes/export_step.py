@@ -70,6 +70,8 @@ def choose_export(
     Args:
       candidates: the names of those that did not diverge, of a recipe without merges.
     """
+    if wanted in candidates:
+        return wanted
     if wanted != "best":
         return next((m for m in merges if m.merge.name == wanted), None)
     scores = {m["name"]: _aggregate(m["scores"]) for m in models}

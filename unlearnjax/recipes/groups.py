@@ -40,7 +40,7 @@ class Kind(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Candidates of one kind: their places in the recipe, and the layers that each one trains."""
+    """Candidates of one kind, in the order of their layers: their places in the recipe, and the layers of each."""
 
     kind: Kind
     places: tuple[int, ...]
@@ -90,7 +90,9 @@ def groups_of(
         count = None if whole else len(own)
         kind = Kind(c.adapter, c.modules, count, c.order, c.separator, c.append_eos, c.chat_template)
         by_kind.setdefault(kind, []).append((place, own))
-    return [Group(kind, *(tuple(x) for x in zip(*own, strict=True))) for kind, own in by_kind.items()]
+    # Those with the same layers side by side: a step slices them.
+    ordered = {kind: sorted(own, key=lambda x: x[1]) for kind, own in by_kind.items()}
+    return [Group(kind, *(tuple(x) for x in zip(*own, strict=True))) for kind, own in ordered.items()]
 
 
 def targets_of(targets: str | Sequence[str], modules: str, config: ModelConfig) -> tuple[str, ...]:
@@ -132,6 +134,11 @@ def sequence_of(candidate: Candidate, forget: int, retain: int) -> list[Micro]:
     """A candidate's micro-batches of a pool of so many forget and retain rows."""
     c = candidate
     own = {**ORDERS[c.order or ""], **c.order_parameters}
+    if own.get("ratio", 1) > retain:
+        raise UserError(
+            f"candidate {c.name!r}: order_parameters: an update of {own['ratio']} retain rows, and the retain set has "
+            f"{retain}; lower ratio"
+        )
     if c.order == "mixed":
         return mixed(
             forget, retain, batch=c.micro_batch, accumulation=c.accumulation, epochs=c.epochs, seed=c.order_seed
@@ -182,9 +189,10 @@ def _check_parameter(name: str, value: Any, default: Any, where: str) -> None:
     if isinstance(default, bool):
         right, words = isinstance(value, bool), "true or false"
     elif isinstance(default, int):
-        right, words = isinstance(value, int) and not isinstance(value, bool) and value > 0, "a whole number above 0"
+        right = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
+        words = "a whole number above 0"
     else:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e30
         share = name in _SHARES
         right, words = number and (value <= 1 or not share), f"a number above 0{', of at most 1' if share else ''}"
     if not right:

@@ -131,11 +131,17 @@ def _merge_deltas(wanted: Merge, semantics: str, own: Sequence[PyTree[Array]], k
     """Merge full deltas. A tensor that a candidate did not train is zero in it."""
     named = [{jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(d)} for d in own]
     like = {name: leaf for one in named for name, leaf in one.items()}
-    stack = {n: jnp.stack([one.get(n, jnp.zeros_like(x)) for one in named]) for n, x in like.items()}
-    merged = merge_stacked(
-        stack, wanted.method, weights=_weights(wanted, kept), semantics=semantics, key=jax.random.key(seed), stacked=1,
-        **wanted.hyperparameters,
-    )  # fmt: skip
+    rule = rule_of(wanted)[1]
+    # Tensors that do not know of each other are merged one by one: all candidates' at once may not fit a device.
+    parts = [list(like)] if rule.scope == "tree" else [[name] for name in like]
+    merged: dict[str, np.ndarray] = {}
+    for part in parts:
+        stack = {n: jnp.stack([one.get(n, jnp.zeros_like(like[n])) for one in named]) for n in part}
+        done = merge_stacked(
+            stack, wanted.method, weights=_weights(wanted, kept), semantics=semantics, key=jax.random.key(seed),
+            stacked=1, **wanted.hyperparameters,
+        )  # fmt: skip
+        merged |= jax.device_get(done)
     shape = functools.reduce(overlaid, own)
     places = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(shape)]
     delta = jax.tree.unflatten(jax.tree.structure(shape), [merged[name] for name in places])

@@ -365,5 +365,7 @@ def recipe_from(raw: Any, where: str) -> Recipe:
     merges = tuple(_merge(m, candidates, f"{where}: merge {i}") for i, m in listed)
     _check_names([c.name for c in candidates] + [m.name for m in merges], where)
     if evaluation.export != "best":
-        check_known([evaluation.export], [m.name for m in merges], "merge", f"{where}: evaluation: export")
+        what = "merge" if merges else "candidate"
+        names = [m.name for m in merges] or [c.name for c in candidates]
+        check_known([evaluation.export], names, what, f"{where}: evaluation: export")
     return Recipe(raw.get("name", "unnamed"), candidates, merges, adapter, training, evaluation, search)

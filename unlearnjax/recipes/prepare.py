@@ -227,6 +227,18 @@ def padding_share(groups: Sequence[Prepared]) -> float:
     return sum(s * r for s, r in zip(shares, room, strict=True)) / max(sum(room), 1)
 
 
+def _check_reached(candidates: Sequence[Candidate], group: Group, wanted: Objective) -> None:
+    """Raise `UserError` where all that a candidate's objective reads lies below the layers that it trains."""
+    for c, layers in zip(candidates, group.layers, strict=True):
+        used = [TERMS[name] for name, weight in dict(c.objective).items() if weight != 0]  # type: ignore[arg-type]
+        if wanted.layer is not None and all(t.reads == {"layer"} for t in used) and min(layers) >= wanted.layer:
+            names = ", ".join(t.name for t in used)
+            raise UserError(
+                f"candidate {c.name!r}: {names} read the output of layer {wanted.layer} (counted from 1), and only "
+                f"layers above it train; give layers below {wanted.layer}, or another training: layer"
+            )
+
+
 def _prepared(group: Group, recipe: Recipe, model: LanguageModel, data: Data, sources: Sources) -> Prepared:
     tokenizer, kind = model.require_tokenizer(), group.kind
     candidates = [recipe.candidates[i] for i in group.places]
@@ -234,6 +246,7 @@ def _prepared(group: Group, recipe: Recipe, model: LanguageModel, data: Data, so
         targets_of(recipe.adapter.targets, kind.modules, model.config)
     terms = {name for c in candidates for name, w in dict(c.objective).items() if w != 0}  # type: ignore[arg-type]
     wanted = objective(terms, model.config.layers, recipe.training.layer)
+    _check_reached(candidates, group, wanted)
     texts = {"forget": (data.forget, sources.forget), "retain": (data.retain, sources.retain)}
     if "idk" in wanted.sides:
         file = recipe.training.idk

@@ -107,6 +107,11 @@ def merge_all(
             # The recipe was checked with all candidates; with those that are left a merge can be impossible.
             warnings.append(f"merge {wanted.name} was not made: {error}")
         else:
+            if merged.length == 0 and merged.scale != 0:
+                warnings.append(
+                    f"merge {wanted.name} changes nothing: it kept no weight of its candidates (those that train "
+                    "different layers share none)"
+                )
             made.append((merged, export(merged, trained.lora, trained.scale, largest, deltas)))
     return made, warnings
 

@@ -31,6 +31,10 @@ TRACE = Kind("trace", "journal", FILE)
 FACTS = "facts.jsonl"
 
 
+class NothingToTrace(UserError):
+    """No fact is left: no subject was found, or the model knows none."""
+
+
 def run_trace(
     model: str | LanguageModel,
     facts: str,
@@ -64,8 +68,8 @@ def run_trace(
       What trace.json holds.
 
     Raises:
-      UserError: bad input, or no fact left to trace, because no subject was found or the model knows none; facts that
-        are skipped while others are left are reported.
+      NothingToTrace: facts that are skipped while others are left are reported.
+      UserError: bad input.
       Interrupted: `stop` asked for it; the trace can be resumed.
     """
     settings = settings or Settings()
@@ -134,7 +138,7 @@ def run_trace(
 def _check_left(left: Sequence[Any], skipped: Sequence[Any], facts: str) -> None:
     if not left:
         first = f"; the first: {skipped[0].id!r}: {skipped[0].reason}" if skipped else ""
-        raise UserError(f"{facts}: no fact is left to trace ({len(skipped)} skipped{first})")
+        raise NothingToTrace(f"{facts}: no fact is left to trace ({len(skipped)} skipped{first})")
 
 
 def _traced(

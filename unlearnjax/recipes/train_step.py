@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from unlearnjax.adapters.lora import widened
+from unlearnjax.adapters.restricted import change_on_host
 from unlearnjax.errors import UserError
-from unlearnjax.models.decoder import build
 from unlearnjax.models.language_model import LanguageModel
 from unlearnjax.recipes.groups import adapters_of
 from unlearnjax.recipes.prepare import Prepared
@@ -62,21 +62,22 @@ def train_candidates(
     for number, group in enumerate(groups):
         keeper = keepers[number] if keepers else None
         label = "training" if len(groups) == 1 else f"training {number + 1}/{len(groups)}"
-        task, result = _train(model, group, recipe, keeper, stop, waypoints, progress, label)
+        result = _train(model, group, recipe, keeper, stop, waypoints, progress, label)
         trained = result.states.trainable
         # Moments and gradients are done with: the next group, and the evaluation, need their room.
         results.append(result._replace(states=result.states._replace(trainable=(), moments=(), gradient=())))
         del result
-        for adapter, own in task.variants or ((task.adapter, tuple(range(len(group.group.places)))),):
-            for i in own:
-                place, trainable = group.group.places[i], index(trained, i)
-                if group.group.kind.adapter == "full":
-                    delta = adapter.delta(model.params, trainable, index(group.hyperparameters, i))
-                    deltas[place] = jax.device_get(delta)
-                elif group.group.kind.layers is None:
-                    loras[place] = trainable
-                else:
-                    loras[place] = widened(trainable, group.group.layers[i], model.config.layers)
+        for i, place in enumerate(group.group.places):
+            own = index(trained, i)
+            if group.group.kind.adapter == "full":
+                deltas[place] = change_on_host(model.params, own, group.group.layers[i])
+            elif group.group.kind.layers is None:
+                loras[place] = own
+            else:
+                loras[place] = widened(own, group.group.layers[i], model.config.layers)
+            del own
+        if len(groups) > 1 or deltas:
+            del trained
     if len(groups) == 1 and not deltas and groups[0].group.kind.layers is None:
         stacked = trained
     else:
@@ -94,13 +95,13 @@ def _train(
     waypoints: Path | None,
     progress: bool,
     label: str,
-) -> tuple[Task, Result]:
+) -> Result:
     kind, h = prepared.group.kind, prepared.hyperparameters
     candidates = [recipe.candidates[i] for i in prepared.group.places]
     variants = adapters_of(prepared.group, model.config, recipe.adapter.targets, max(c.rank for c in candidates))
     use_dropout = kind.adapter == "lora" and any(c.dropout > 0 for c in candidates)
     # Adapters of some layers give them taken apart.
-    decoder = model.model if kind.layers is None else build(model.config, unroll=True)
+    decoder = model.model if kind.layers is None else model.model.unrolled()
     task = Task(
         decoder, variants[0][0], prepared.objective, use_dropout, recipe.training.tokens_at_once,
         tuple(variants) if len(variants) > 1 else (),
@@ -119,7 +120,7 @@ def _train(
         task, model.params, stores, prepared.schedule, h, progress=progress, label=label, start=start, keeper=keeper,
         stop=stop, after_step=after_step,
     )  # fmt: skip
-    return task, result
+    return result
 
 
 def check_waypoints(recipe: Recipe, groups: Sequence[Prepared]) -> None:

@@ -197,10 +197,11 @@ def fresh_states(task: Task, params: PyTree, h: Hyperparameters) -> State:
     """All candidates before their first step."""
     memory = {t.name: t.adaptive.names for t in task.objective.terms if t.adaptive is not None}
 
-    def fresh(own: Task, h: Hyperparameters) -> State:
-        return jax.vmap(lambda c: init_state(own.adapter, params, c, memory))(h)
+    def every(params: PyTree, h: Hyperparameters) -> State:
+        one = lambda own, h: jax.vmap(lambda c: init_state(own.adapter, params, c, memory))(h)  # noqa: E731
+        return by_variant(task, one, h)
 
-    return jax.jit(lambda h: by_variant(task, fresh, h))(h)
+    return jax.jit(every)(params, h)
 
 
 def _where(done: int, total: int, keeper: Keeper | None) -> str:

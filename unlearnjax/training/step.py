@@ -143,8 +143,10 @@ def by_variant(task: Task, run: Callable[[Task, PyTree], PyTree], stacked: PyTre
     for adapter, places in task.variants:
         chosen = np.asarray(places, np.int32)
         parts.append(run(task._replace(adapter=adapter, variants=()), jax.tree.map(lambda x, c=chosen: x[c], stacked)))
-    back = np.argsort(np.concatenate([places for _, places in task.variants]))
-    return jax.tree.map(lambda *xs: jnp.concatenate(xs)[back], *parts)
+    order = [place for _, own in task.variants for place in own]
+    back = np.argsort(order)
+    put = lambda *xs: jnp.concatenate(xs) if order == sorted(order) else jnp.concatenate(xs)[back]  # noqa: E731
+    return jax.tree.map(put, *parts)
 
 
 def step(
