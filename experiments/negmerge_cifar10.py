@@ -132,6 +132,29 @@ def separation(report: dict[str, Any]) -> dict[str, float]:
     return found
 
 
+def over_seeds(runs: list[dict[str, Any]]) -> str:
+    """The runs of one variant as a Markdown table: each model's mean over seeds, with the least and the most; and each
+    merge's gap less consensus' own of the same seed."""
+    keys = ("retain", "forget", "test", "mia")
+    lines = ["| model | retain | forget | test | MIA-efficacy | Avg. Gap | gap less consensus' |", "|---" * 7 + "|"]
+
+    def cell(values: list[float], sign: str = "") -> str:
+        return f"{np.mean(values):{sign}.2f} [{min(values):{sign}.2f}, {max(values):{sign}.2f}]"
+
+    models = [{m["name"]: m for m in run["models"]} for run in runs]
+    for name in models[0]:
+        each = [own[name] for own in models]
+        cells = [cell([m["scores"][key] for m in each]) for key in keys]
+        if all(m.get("gap") is not None for m in each):
+            cells.append(cell([m["gap"] for m in each]))
+            cells.append(cell([m["gap"] - own["consensus"]["gap"] for m, own in zip(each, models, strict=True)], "+"))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    parts = [run["separation"] for run in runs]
+    lines += ["", "forget accuracy's fall beyond retain accuracy's, where the latter has fallen by five points:"]
+    lines += [f"* {name}: {cell([own[name] for own in parts])}" for name in parts[0]]
+    return "\n".join(lines)
+
+
 def main() -> None:
     a = arguments()
     scale, out = scale_of(a.scale), Path(a.out)
@@ -171,6 +194,9 @@ def main() -> None:
             others = [r for r in kept["runs"] if (r["seed"], r["variant"]) != (seed, variant)]
             kept["runs"] = sorted([*others, mine], key=lambda r: (r["seed"], r["variant"] != a.variants[0]))
             save(kept, results)
+    for variant in a.variants:
+        runs = [run for run in kept["runs"] if run["variant"] == variant]
+        print(f"\n{variant}, {len(runs)} seeds: mean [least, most]\n{over_seeds(runs)}")
 
 
 if __name__ == "__main__":
