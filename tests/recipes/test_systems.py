@@ -160,6 +160,22 @@ def test_a_candidate_among_all_is_itself_alone(world):
         assert float(jnp.abs(a).max()) > 1e-4
 
 
+def test_the_best_is_kept_and_told(world, tmp_path):
+    base, _, sources = world
+    wild = {**AMNESIA, "layers": [0], "learning_rate": 3e-2, "epochs": 6}
+    raw = {
+        "candidates": [{"name": "wild", **wild}, {"name": "tame", **AMNESIA, "layers": [1]}],
+        "training": {"buckets": 1, "keep_best": 1, "best_rows": 4}, "evaluation": {"max_new_tokens": 12},
+    }  # fmt: skip
+    recipe = recipe_from(raw, "x")
+    report = run(base.source, sources, tmp_path / "out", recipe, progress=False)
+    kept = [(c["kept_after"], c["updates"]) for c in report["candidates"]]
+    assert all(1 <= at <= total for at, total in kept) and len({total for _, total in kept}) == 2
+    assert f"kept as after update {kept[0][0]}" in (tmp_path / "out" / "report.html").read_text("utf-8")
+    trained = train_candidates(base, prepare(recipe, base, load_data(sources), sources), recipe)
+    assert [trained.kept[i] for i in range(2)] == [at for at, _ in kept]
+
+
 def test_a_lora_on_some_layers(world):
     """The others get nothing, and its own are those of the trained model."""
     base, _, sources = world

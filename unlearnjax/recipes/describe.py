@@ -65,15 +65,18 @@ def describe_training(result: Result) -> dict[str, Any]:
 
 
 def describe_candidates(
-    candidates: Sequence[Candidate], result: Result, layers: Mapping[str, Sequence[int]] = MappingProxyType({})
+    candidates: Sequence[Candidate],
+    result: Result,
+    layers: Mapping[str, Sequence[int]] = MappingProxyType({}),
+    kept: Mapping[int, int] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
     """Each candidate's settings, whether it diverged, and its curves.
 
     Args:
-      layers: what `layers: auto` stands for, by `modules`.
+      layers: what `layers: auto` stands for, by `modules`. kept: after how many updates each was best, by its place.
     """
     entries = []
-    for candidate, curve, at in zip(candidates, result.curves, result.diverged_at, strict=True):
+    for place, (candidate, curve, at) in enumerate(zip(candidates, result.curves, result.diverged_at, strict=True)):
         hyperparameters = dataclasses.asdict(candidate)
         if candidate.layers == AUTO:
             own = layers[candidate.modules]
@@ -85,6 +88,7 @@ def describe_candidates(
                 "status": "finished" if at is None else "diverged",
                 "diverged_at": at,
                 "updates": len(curve.update),
+                **({"kept_after": kept[place]} if place in kept else {}),
                 "curves": {
                     "update": curve.update,
                     "loss": curve.loss,

@@ -111,6 +111,8 @@ _RANGES: dict[type, dict[str, _Range]] = {
         "layer": _COUNT_OR_NULL,
         "idk": _Range(lambda v: v is None or _TEXT.holds(v), "a file's name, or null"),
         "waypoints": _Range(lambda v: v == 0 or _COUNT.holds(v), "a whole number of at least 0"),
+        "keep_best": _COUNT_OR_NULL,
+        "best_rows": _COUNT,
         "tokens_at_once": _COUNT_OR_NULL,
     },
     Merge: {

@@ -215,7 +215,7 @@ def run(
         trained = train_candidates(
             lm, groups, recipe, progress=progress, keepers=keepers, stop=stop, waypoints=waypoints
         )
-        described_candidates = describe_candidates(recipe.candidates, trained.result, layers)
+        described_candidates = describe_candidates(recipe.candidates, trained.result, layers, trained.kept)
         if waypoints is not None:
             steps = waypoint_steps(len(groups[0].schedule.steps), recipe.training.waypoints)
             ways = trajectories(

@@ -80,6 +80,8 @@ class Training:
     `layer`: whose output RMU acts on, counted from 1 (null: a quarter of the way up).
     `idk`: a text file of answers, one per line, that IDK and DPO prefer on the forget prompts (null: a built-in list).
     `waypoints`: how often on the way the adapters are kept and scored (on `Evaluation.waypoint_rows`); 0: not at all.
+    `keep_best`: every so many updates of a candidate its own loss is measured on `best_rows` rows of each set, and it
+    is kept as it was when that was lowest (null: as it is at the end).
     `tokens_at_once`: candidates go through the model in groups of at most so many tokens (null: all together on an
     accelerator, in small groups on a CPU): less means less memory.
     """
@@ -92,6 +94,8 @@ class Training:
     layer: int | None = None
     idk: str | None = None
     waypoints: int = 0
+    keep_best: int | None = None
+    best_rows: int = 500
     tokens_at_once: int | None = None
 
 

@@ -16,6 +16,7 @@ from unlearnjax.models.language_model import LanguageModel
 from unlearnjax.recipes.groups import adapters_of
 from unlearnjax.recipes.prepare import Prepared
 from unlearnjax.recipes.schema import Recipe
+from unlearnjax.training.best import Assessor, sampled
 from unlearnjax.training.hyperparameters import index
 from unlearnjax.training.interrupt import Stop
 from unlearnjax.training.keeper import Keeper
@@ -32,12 +33,14 @@ class Trained(NamedTuple):
     candidates that are none; None where no candidate is a LoRA. scale: [N], alpha / rank.
     result: the history of all N; its states hold no weights any more.
     deltas: of the other candidates, by their place among the N: the change of the weights, float32, in host memory.
+    kept: after how many updates each candidate was best, by its place; empty where the last state is what is kept.
     """
 
     lora: PyTree[Array] | None
     scale: Array
     result: Result
     deltas: Mapping[int, PyTree[Array]] = MappingProxyType({})
+    kept: Mapping[int, int] = MappingProxyType({})
 
 
 def train_candidates(
@@ -59,14 +62,18 @@ def train_candidates(
       waypoints: gets the adapters at the recipe's waypoints (see `check_waypoints`).
     """
     results, loras, deltas = [], {}, {}
+    kept: dict[int, int] = {}
     for number, group in enumerate(groups):
         keeper = keepers[number] if keepers else None
         label = "training" if len(groups) == 1 else f"training {number + 1}/{len(groups)}"
         result = _train(model, group, recipe, keeper, stop, waypoints, progress, label)
-        trained = result.states.trainable
+        best = result.states.best
+        trained = result.states.trainable if best == () else best.trainable
+        if best != ():
+            kept |= zip(group.group.places, best.updates.tolist(), strict=True)
         # Moments and gradients are done with: the next group, and the evaluation, need their room.
-        results.append(result._replace(states=result.states._replace(trainable=(), moments=(), gradient=())))
-        del result
+        results.append(result._replace(states=result.states._replace(trainable=(), moments=(), gradient=(), best=())))
+        del result, best
         for i, place in enumerate(group.group.places):
             own = index(trained, i)
             if group.group.kind.adapter == "full":
@@ -83,7 +90,7 @@ def train_candidates(
     else:
         stacked = _stacked(loras, len(recipe.candidates)) if loras else None
     scale = jnp.asarray([c.alpha / c.rank for c in recipe.candidates], jnp.float32)
-    return Trained(stacked, scale, _together(results, groups), deltas)
+    return Trained(stacked, scale, _together(results, groups), deltas, kept)
 
 
 def _train(
@@ -104,8 +111,13 @@ def _train(
     decoder = model.model if kind.layers is None else model.model.unrolled()
     task = Task(
         decoder, variants[0][0], prepared.objective, use_dropout, recipe.training.tokens_at_once,
-        tuple(variants) if len(variants) > 1 else (),
+        tuple(variants) if len(variants) > 1 else (), recipe.training.keep_best is not None,
     )  # fmt: skip
+    assessor = None
+    if recipe.training.keep_best is not None:
+        read = {side: prepared.sides[side] for side in prepared.objective.sides}
+        rows = max(c.micro_batch for c in candidates)
+        assessor = Assessor(recipe.training.keep_best, sampled(read, recipe.training.best_rows, rows))
     start = None
     if keeper is not None:
         start = keeper.restore(jax.eval_shape(lambda: fresh_states(task, model.params, h)))
@@ -118,7 +130,7 @@ def _train(
         after_step = recorder(waypoints, waypoint_steps(len(steps), recipe.training.waypoints))
     result = train(
         task, model.params, stores, prepared.schedule, h, progress=progress, label=label, start=start, keeper=keeper,
-        stop=stop, after_step=after_step,
+        stop=stop, after_step=after_step, assessor=assessor,
     )  # fmt: skip
     return result
 

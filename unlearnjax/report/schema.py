@@ -141,7 +141,7 @@ _REPORT = record(
                     "updates": integer,
                     "curves": curves,
                 },
-                optional={"trajectory": _TRAJECTORY},
+                optional={"trajectory": _TRAJECTORY, "kept_after": integer},
             )
         ),
         "merges": list_of(_merge),

@@ -95,6 +95,8 @@ def candidate_table(candidates: Sequence[Mapping[str, Any]]) -> list[Markup]:
         status = candidate["status"]
         if status == "diverged" and candidate["diverged_at"] is not None:
             status += f" at update {candidate['diverged_at']}"
+        if "kept_after" in candidate:
+            status += f", kept as after update {candidate['kept_after']:,}"
         rows.append(
             element(
                 "tr",

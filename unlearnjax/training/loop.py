@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 
 from unlearnjax.data.schedule import Schedule, Step
 from unlearnjax.data.tokens import Store
+from unlearnjax.training.best import Assessor
 from unlearnjax.training.hyperparameters import Hyperparameters
 from unlearnjax.training.interrupt import Interrupted, Stop
 from unlearnjax.training.state import State, init_state
@@ -109,6 +110,7 @@ def train(
     progress: bool = False,
     label: str = "training",
     after_step: Callable[[int, State], None] | None = None,
+    assessor: Assessor | None = None,
     start: Snapshot | None = None,
     keeper: Keeper | None = None,
     stop: Stop | None = None,
@@ -121,6 +123,7 @@ def train(
     Args:
       progress: show a bar with candidate-steps (optimizer updates summed over candidates) per second.
       after_step: called with the number of steps done and the states, which the next step will overwrite.
+      assessor: looks at the candidates now and then and keeps the best of each in the states (`Task.keep_best`).
       start: where to go on; its lists are taken over. Default: the beginning.
       keeper: gets a snapshot when it asks for one, when `stop` asks to stop, and after the last step.
       stop: looked at between two steps.
@@ -136,7 +139,11 @@ def train(
         # Arrays of their own: the step takes over its argument's buffers.
         start = start._replace(states=jax.device_put(start.states, may_alias=False))
     states, curves, pending, diverged = start.states, start.curves, start.pending, start.diverged_at
-    run = compiled_step(task)
+    run, updates = (
+        compiled_step(task),
+        sum((s.update.astype(int) for s in schedule.steps[: start.step]), np.zeros(n, int)),
+    )
+    assess = None if assessor is None else assessor.compiled(task)
     waiting: list[tuple[Step, Metrics, Any, Any]] = []
     steps = schedule.steps
     bar = _bar(int(schedule.updates.sum()), label, progress, sum(int(s.update.sum()) for s in steps[: start.step]))
@@ -180,6 +187,12 @@ def train(
             else:
                 steady += time.perf_counter() - started
                 steady_steps += int(step.update.sum())
+            updates = updates + step.update
+            if assessor is not None and assess is not None:
+                due = assessor.due(updates, schedule.updates, step)
+                if due.any():
+                    work = work_of(step)
+                    states = assess(params, stores, states, h, work.epoch, jnp.asarray(due))
             if after_step is not None:
                 after_step(done, states)
             asked = stop is not None and stop.signum != 0
@@ -198,7 +211,8 @@ def fresh_states(task: Task, params: PyTree, h: Hyperparameters) -> State:
     memory = {t.name: t.adaptive.names for t in task.objective.terms if t.adaptive is not None}
 
     def every(params: PyTree, h: Hyperparameters) -> State:
-        one = lambda own, h: jax.vmap(lambda c: init_state(own.adapter, params, c, memory))(h)  # noqa: E731
+        init = lambda own, c: init_state(own.adapter, params, c, memory, task.keep_best)  # noqa: E731
+        one = lambda own, h: jax.vmap(lambda c: init(own, c))(h)  # noqa: E731
         return by_variant(task, one, h)
 
     return jax.jit(every)(params, h)

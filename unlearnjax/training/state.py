@@ -13,6 +13,14 @@ from unlearnjax.adapters.protocol import Adapter
 from unlearnjax.training.hyperparameters import Hyperparameters, learning_rate
 
 
+class Best(NamedTuple):
+    """A candidate when its loss on a sample of rows was lowest so far: after `updates` updates."""
+
+    trainable: PyTree[Float[Array, "..."]]
+    loss: Float[Array, ""]
+    updates: Int[Array, ""]
+
+
 class State(NamedTuple):
     """Arrays only; stacked over candidates, a leading axis N on every leaf."""
 
@@ -25,14 +33,16 @@ class State(NamedTuple):
     multipliers: dict[str, Float[Array, ""]]  # of the constraints among the terms, by name; none: empty
     violations: dict[str, Float[Array, ""]]  # the constraints' losses, accumulated since the last update
     memory: dict[str, dict[str, Float[Array, ""]]]  # of terms that carry something from step to step; none: empty
+    best: Any = ()  # a `Best`, where it is kept
 
 
 ADAM = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
 
 
 def init_state(
-    adapter: Adapter, params: PyTree, h: Hyperparameters, memory: Mapping[str, Sequence[str]] = MappingProxyType({})
-) -> State:
+    adapter: Adapter, params: PyTree, h: Hyperparameters, memory: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    keep_best: bool = False,
+) -> State:  # fmt: skip
     """A fresh candidate. Its adapter depends on its `init_seed` and on nothing else.
 
     Args:
@@ -46,7 +56,11 @@ def init_state(
     multipliers = {t: own["multiplier"] + 0.0 for t, own in h.term_parameters.items() if "multiplier" in own}
     violations = {t: jnp.zeros((), jnp.float32) for t in multipliers}
     kept = {term: {name: jnp.zeros((), jnp.float32) for name in names} for term, names in memory.items()}
-    return State(trainable, moments, zeros, zero, zero, jnp.ones((), jnp.bool_), multipliers, violations, kept)
+    # A buffer of its own: the step takes over the trainable's.
+    best = (
+        Best(jax.tree.map(lambda x: x + 0.0, trainable), jnp.asarray(jnp.inf, jnp.float32), zero) if keep_best else ()
+    )
+    return State(trainable, moments, zeros, zero, zero, jnp.ones((), jnp.bool_), multipliers, violations, kept, best)
 
 
 def choose(condition: Bool[Array, ""], yes: PyTree, no: PyTree) -> PyTree:
@@ -93,4 +107,5 @@ def apply_update(
         choose(took, climbed, state.multipliers),
         {term: jnp.where(update, 0.0, v) for term, v in state.violations.items()},
         state.memory,
+        state.best,
     ), norm

@@ -31,6 +31,7 @@ class Task(NamedTuple):
     use_dropout: bool
     tokens_at_once: int | None = None  # see `together`
     variants: tuple[tuple[Adapter, tuple[int, ...]], ...] = ()
+    keep_best: bool = False  # see `unlearnjax.training.best`
 
 
 class Work(NamedTuple):
@@ -168,8 +169,8 @@ def step(
         return jax.lax.map(lambda x: one(*x), stacked, batch_size=group)
 
     # What a gradient leaves as it is goes around the groups: they would copy it.
-    after, metrics = by_variant(task, gradients, (states._replace(moments=()), work, h))
-    states = after._replace(trainable=states.trainable, moments=states.moments)
+    after, metrics = by_variant(task, gradients, (states._replace(moments=(), best=()), work, h))
+    states = after._replace(trainable=states.trainable, moments=states.moments, best=states.best)
 
     def update(states: State) -> tuple[State, Array]:
         return jax.vmap(apply_update)(states, work.update, h, work.share, work.restart)
