@@ -63,6 +63,8 @@ def train_candidates(
     """
     results, loras, deltas = [], {}, {}
     kept: dict[int, int] = {}
+    stacked = None
+    ordinary = len(groups) == 1 and groups[0].group.kind.layers is None  # trained as the stack that is wanted
     for number, group in enumerate(groups):
         keeper = keepers[number] if keepers else None
         label = "training" if len(groups) == 1 else f"training {number + 1}/{len(groups)}"
@@ -74,6 +76,9 @@ def train_candidates(
         # Moments and gradients are done with: the next group, and the evaluation, need their room.
         results.append(result._replace(states=result.states._replace(trainable=(), moments=(), gradient=(), best=())))
         del result, best
+        if ordinary:
+            stacked = trained
+            break
         for i, place in enumerate(group.group.places):
             own = index(trained, i)
             if group.group.kind.adapter == "full":
@@ -83,12 +88,9 @@ def train_candidates(
             else:
                 loras[place] = widened(own, group.group.layers[i], model.config.layers)
             del own
-        if len(groups) > 1 or deltas:
-            del trained
-    if len(groups) == 1 and not deltas and groups[0].group.kind.layers is None:
-        stacked = trained
-    else:
-        stacked = _stacked(loras, len(recipe.candidates)) if loras else None
+        del trained
+    if loras:
+        stacked = _stacked(loras, len(recipe.candidates))
     scale = jnp.asarray([c.alpha / c.rank for c in recipe.candidates], jnp.float32)
     return Trained(stacked, scale, _together(results, groups), deltas, kept)
 
