@@ -8,7 +8,7 @@ import pytest
 from unlearnjax import load_model
 from unlearnjax.cli.main import main
 from unlearnjax.data.synthetic import make_corpus
-from unlearnjax.recipes import demo, run
+from unlearnjax.recipes import demo, run, train_step
 from unlearnjax.report.schema import read_report
 
 RECIPE = {
@@ -46,7 +46,7 @@ def test_the_demo_forgets(tmp_path, monkeypatch, capsys):
     # What was learned by heart is not learned again, and what was trained is not trained again.
     monkeypatch.setattr(run, "evaluate_all", evaluate)
     monkeypatch.setattr(demo, "teach", None)
-    monkeypatch.setattr(run, "stores_for", None)
+    monkeypatch.setattr(train_step, "stores_for", None)
     assert main([*argv, "--resume"]) == 0
     stdout, stderr = capsys.readouterr()
     assert "merged" in stdout and "report: out/result/report.html" in stdout and "error" not in stderr

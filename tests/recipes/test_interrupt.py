@@ -14,6 +14,7 @@ from unlearnjax.evaluation.journal import Records
 from unlearnjax.io import peft
 from unlearnjax.io.peft import load_adapter
 from unlearnjax.recipes import run as module
+from unlearnjax.recipes import train_step
 from unlearnjax.recipes.load import load_recipe
 from unlearnjax.training import checkpoint
 from unlearnjax.training.loop import train
@@ -92,7 +93,7 @@ def stopping(monkeypatch, step, how):
 
         return train(*args, after_step=after, **options)
 
-    monkeypatch.setattr(module, "train", stopped)
+    monkeypatch.setattr(train_step, "train", stopped)
     return steps
 
 
@@ -218,7 +219,7 @@ def test_stopped_after_training(start, world, monkeypatch, capsys, undisturbed):
         adapter = load_adapter(out / folder, world[0].config)
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(adapter.lora))
     monkeypatch.setattr(module, "evaluate_all", evaluate)
-    monkeypatch.setattr(module, "stores_for", None)
+    monkeypatch.setattr(train_step, "stores_for", None)
     steps = stopping(monkeypatch, 0, stop)
     assert start("--resume")[0] == 0 and steps == []
     assert made(out) == undisturbed
@@ -246,7 +247,7 @@ def test_a_signal_during_evaluation(start, monkeypatch, capsys, undisturbed, sig
     assert line.endswith(" --resume")
     assert not (out / "report.json").exists() and (out / "generations" / "one" / "forget_0.csv").exists()
     at = 0
-    monkeypatch.setattr(module, "stores_for", None)
+    monkeypatch.setattr(train_step, "stores_for", None)
     assert start("--resume")[0] == 0 and capsys.readouterr().err == ""
     assert added == [
         f"evaluation/{part}/{what}.jsonl"
