@@ -39,8 +39,9 @@ from unlearnjax.tracing.effects import SUBJECT, best_range
 HERE = Path(__file__).parent
 EPOCHS = 25
 SETTINGS = {
-    "objective": "selective_amnesia", "order": "mixed", "adapter": "full", "modules": "mlp", "weight_decay": 0.0,
-    "max_grad_norm": 1.0, "warmup_ratio": 0.0, "micro_batch": 12, "accumulation": 1,
+    "objective": "selective_amnesia", "order": "mixed", "order_parameters": {"bucketed": True}, "adapter": "full",
+    "modules": "mlp", "weight_decay": 0.0, "max_grad_norm": 1.0, "warmup_ratio": 0.0, "micro_batch": 12,
+    "accumulation": 1,
 }  # fmt: skip
 
 

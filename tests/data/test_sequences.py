@@ -18,6 +18,24 @@ def test_mixed_batches_hold_every_row_once_an_epoch():
     assert not np.array_equal(found[0].rows, found[4].rows)
 
 
+def test_mixed_batches_of_like_length():
+    """Every row once an epoch; little is padded, alone and in step with another seed; other neighbours each epoch."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(8, 200, 60)
+    rows = [rng.integers(0, 9, n).tolist() for n in lengths]
+    pool = pooled(pack(rows[:28], [3] * 28), pack(rows[28:], [3] * 32))
+    plain, like = ([mixed(28, 32, batch=5, accumulation=2, epochs=2, seed=s, lengths=x) for s in (1, 2)]
+                   for x in (None, pool.length))  # fmt: skip
+    for own in like:
+        for epoch in range(2):
+            assert sorted(r for m in own if m.epoch == epoch for r in m.rows) == list(range(60))
+        assert [m.update for m in own] == [m.update for m in plain[0]]
+    first, second = ({frozenset(m.rows.tolist()) for m in like[0] if m.epoch == e} for e in range(2))
+    assert len(first & second) < 6
+    shares = [lockstep(pool, both, 8).padding_share for both in (plain, like)]
+    assert shares[0] > 0.4 and shares[1] < 0.2
+
+
 def test_chunked_as_published():
     """32 forget rows of 1112 at ratio 7: 34 chunks and 24 rows (the spec's count), 7.8k updates at 7 epochs."""
     found = chunked(1112, 1136, chunk=32, ratio=7, epochs=7)

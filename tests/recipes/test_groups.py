@@ -2,6 +2,7 @@
 
 import pytest
 
+from unlearnjax.data.tokens import pack, pooled
 from unlearnjax.errors import UserError
 from unlearnjax.models.config import ModelConfig
 from unlearnjax.recipes.groups import adapters_of, groups_of, layers_of, sequence_of
@@ -16,6 +17,10 @@ SUGD = {"objective": "sugd", "order": "chunked", "schedule": "constant", "accumu
 def recipe(*candidates, merges=()):
     listed = [{"name": f"c{i}", **c} for i, c in enumerate(candidates)]
     return recipe_from({"candidates": listed, "merges": list(merges)}, "x")
+
+
+def pool(forget, retain):
+    return pooled(*(pack([[1, 2, 3]] * count, [1] * count) for count in (forget, retain)))
 
 
 def groups(*candidates, found=None):
@@ -101,7 +106,7 @@ def test_an_update_has_no_row_twice():
     with pytest.raises(
         UserError, match=r"'c0': order_parameters: an update of 7 retain rows, and the retain set has 6"
     ):
-        sequence_of(recipe(SUGD).candidates[0], 5, 6)
+        sequence_of(recipe(SUGD).candidates[0], pool(5, 6))
 
 
 def test_an_export_is_a_merge_or_where_there_is_none_a_candidate():
@@ -114,9 +119,9 @@ def test_an_export_is_a_merge_or_where_there_is_none_a_candidate():
 def test_the_published_systems():
     """Their settings, and the first update that each one's order holds."""
     (amnesia,), (sugd,), (agad,) = (load_recipe(n).candidates for n in ("selective-amnesia", "sugd", "agad"))
-    first = sequence_of(amnesia, 500, 500)[:10]
+    first = sequence_of(amnesia, pool(500, 500))[:10]
     assert [len(m.rows) for m in first] == [12] * 10 and [m.update for m in first] == [False] * 9 + [True]
-    first = sequence_of(sugd, 40, 30)
+    first = sequence_of(sugd, pool(40, 30))
     assert first[0].rows.tolist() == [0, *range(40, 47)] and first[32 * 7 - 1].restart and len(first) == 40 * 7
-    first = sequence_of(agad, 100, 30)
+    first = sequence_of(agad, pool(100, 30))
     assert all((m.rows < 100).all() for m in first[:12]) and (first[12].rows >= 100).all()

@@ -31,13 +31,34 @@ class Micro(NamedTuple):
     restart: bool = False
 
 
-def mixed(forget: int, retain: int, *, batch: int, accumulation: int, epochs: int, seed: int) -> list[Micro]:
+LIKE = 16  # tokens: rows whose lengths differ by less are of like length
+
+
+def mixed(
+    forget: int,
+    retain: int,
+    *,
+    batch: int,
+    accumulation: int,
+    epochs: int,
+    seed: int,
+    lengths: np.ndarray | None = None,
+) -> list[Micro]:
     """Selective Amnesia's order: in each epoch all rows of both sets in one random order, cut into micro-batches, of
-    which `accumulation` are an update; an epoch's last update may have fewer."""
+    which `accumulation` are an update; an epoch's last update may have fewer.
+
+    Args:
+      lengths: of the rows, in tokens, for micro-batches of rows of like length, so that little is padded. Which length
+        comes when is the same for every seed: candidates of one batch size go in step.
+    """
     found = []
     for epoch in range(epochs):
         order = np.random.default_rng([seed, epoch]).permutation(forget + retain)
+        if lengths is not None:
+            order = order[np.argsort(-(-lengths[order] // LIKE), kind="stable")]
         cuts = [order[i : i + batch] for i in range(0, len(order), batch)]
+        if lengths is not None:
+            cuts = [cuts[i] for i in np.random.default_rng([epoch, 1]).permutation(len(cuts))]
         for i in range(0, len(cuts), accumulation):
             own = cuts[i : i + accumulation]
             found += [Micro(rows, 1 / len(own), k == len(own) - 1, epoch) for k, rows in enumerate(own)]

@@ -8,6 +8,7 @@ from unlearnjax.adapters.lora import check_layers, lora, resolve_targets
 from unlearnjax.adapters.protocol import Adapter
 from unlearnjax.adapters.restricted import MODULES, restricted
 from unlearnjax.data.sequences import Micro, annealed, chunked, mixed
+from unlearnjax.data.tokens import Tokens
 from unlearnjax.errors import UserError, check_known
 from unlearnjax.models.config import ModelConfig
 from unlearnjax.objectives.objective import TERMS
@@ -19,7 +20,7 @@ AUTO, ALL = "auto", "all"
 LAST = re.compile(r"last-([1-9]\d*)")
 # The orders of a pool of forget and retain rows, and what each takes beside epochs, micro_batch and accumulation.
 ORDERS: dict[str, dict[str, Any]] = {
-    "mixed": {},
+    "mixed": {"bucketed": False},
     "chunked": {"chunk": 32, "ratio": 7},
     "annealed": {"chunk": 64, "anneal_epochs": 3, "interleaving": 1.0, "fraction": 0.25, "finally_all": False,
                  "anneal_rate": 1.0},
@@ -130,9 +131,15 @@ def adapters_of(
     return [(adapter(layers), tuple(places)) for layers, places in by_layers.items()]
 
 
-def sequence_of(candidate: Candidate, forget: int, retain: int) -> list[Micro]:
-    """A candidate's micro-batches of a pool of so many forget and retain rows."""
+def sequence_of(candidate: Candidate, pool: Tokens) -> list[Micro]:
+    """A candidate's micro-batches of a pool of forget and retain rows.
+
+    Raises:
+      UserError: an update would have a retain row twice.
+    """
     c = candidate
+    assert pool.border is not None
+    forget, retain = pool.border, len(pool.length) - pool.border
     own = {**ORDERS[c.order or ""], **c.order_parameters}
     if own.get("ratio", 1) > retain:
         raise UserError(
@@ -141,8 +148,9 @@ def sequence_of(candidate: Candidate, forget: int, retain: int) -> list[Micro]:
         )
     if c.order == "mixed":
         return mixed(
-            forget, retain, batch=c.micro_batch, accumulation=c.accumulation, epochs=c.epochs, seed=c.order_seed
-        )
+            forget, retain, batch=c.micro_batch, accumulation=c.accumulation, epochs=c.epochs, seed=c.order_seed,
+            lengths=pool.length if own["bucketed"] else None,
+        )  # fmt: skip
     if c.order == "chunked":
         return chunked(forget, retain, epochs=c.epochs, **own)
     return annealed(forget, retain, batch=c.micro_batch, ascent_epochs=c.epochs, seed=c.order_seed, **own)

@@ -268,9 +268,9 @@ def _prepared(group: Group, recipe: Recipe, model: LanguageModel, data: Data, so
         read = {s: sides[s] for s in wanted.sides}
         schedule = plan(read, paces, buckets=training.buckets, order=training.order, seed=training.seed)
     else:
-        counts = len(data.forget), len(data.retain)
-        sides = {"pool": pooled(sides["forget"], sides["retain"])}
-        schedule = lockstep(sides["pool"], [sequence_of(c, *counts) for c in candidates], training.buckets)
+        pool = pooled(sides["forget"], sides["retain"])
+        sides = {"pool": pool}
+        schedule = lockstep(pool, [sequence_of(c, pool) for c in candidates], training.buckets)
     count = len(sides[wanted.sides[0]].length)
     h = hyperparameters(candidates, schedule.updates.tolist(), count)
     return Prepared(group, wanted, sides, schedule, h)
