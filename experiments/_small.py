@@ -1,5 +1,6 @@
 """What the experiments on LUME share: their data, and the small models, an OLMo that knows its rows and its gold."""
 
+import argparse
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,19 @@ from unlearnjax.models.decoder import build
 from unlearnjax.models.language_model import LanguageModel, load_model, save_model
 from unlearnjax.recipes.memorise import memorise
 from unlearnjax.recipes.prepare import Sources
+
+EPOCHS = 25
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """The options of an experiment on LUME with the small models."""
+    p.add_argument("--forget", required=True)
+    p.add_argument("--retain", required=True)
+    p.add_argument("--members", help="documents of the forget set (default: made of its Task3 rows)")
+    p.add_argument("--nonmembers", help="documents the model has not seen, of the kind of the forget set's Task3")
+    p.add_argument("--model-seed", type=int, default=0, help="of the small models")
+    p.add_argument("--epochs", type=int, default=EPOCHS, help="the small models' passes over their rows")
+    p.add_argument("--work", default="out/semeval_ties_models", help="where the small models are kept between runs")
 
 
 class Lume(NamedTuple):

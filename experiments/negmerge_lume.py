@@ -22,7 +22,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from _small import load_lume, small_models, write_sources
+from _small import add_arguments, load_lume, small_models, write_sources
 
 from unlearnjax.recipes.load import load_recipe
 from unlearnjax.recipes.run import run
@@ -31,21 +31,14 @@ from unlearnjax.report.schema import FILE, read_report
 from unlearnjax.report.scores import fixed, forgotten, render_markdown_table, retained
 
 HERE = Path(__file__).parent
-EPOCHS = 25
 PAIR = ("over", "under")
 PAIR_MERGES = ("pair-linear", "pair-ties-delta", "pair-ties-factors")
 
 
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--forget", required=True)
-    p.add_argument("--retain", required=True)
-    p.add_argument("--members", help="documents of the forget set (default: made of its Task3 rows)")
-    p.add_argument("--nonmembers", help="documents the model has not seen, of the kind of the forget set's Task3")
+    add_arguments(p)
     p.add_argument("--recipe", default=str(HERE / "negmerge_lume_small.yml"))
-    p.add_argument("--model-seed", type=int, default=0, help="of the small models")
-    p.add_argument("--epochs", type=int, default=EPOCHS, help="the small models' passes over their rows")
-    p.add_argument("--work", default="out/semeval_ties_models", help="where the small models are kept between runs")
     p.add_argument("--out", required=True)
     p.add_argument("--resume", action="store_true", help="go on with the unfinished runs in --out")
     p.add_argument("--results", default=str(HERE / "results" / "negmerge_lume.json"), help="the JSON file to write")

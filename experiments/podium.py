@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from _images import save
-from _small import load_lume, small_models, write_sources
+from _small import add_arguments, load_lume, small_models, write_sources
 from intervals import bootstrap, by_seed, outcome, table
 
 from unlearnjax.models.language_model import load_model
@@ -38,27 +38,20 @@ from unlearnjax.recipes.schema import Candidate, Merge, Recipe
 from unlearnjax.report.schema import FILE, read_report
 
 HERE = Path(__file__).parent
-EPOCHS = 25
 AGAINST = "zjuklab"
 HIDDEN = ("relearning", "quantisation", "sampled", "gold_gap")  # of the full suite, what is kept
 
 
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--forget", required=True)
-    p.add_argument("--retain", required=True)
-    p.add_argument("--members", help="documents of the forget set (default: made of its Task3 rows)")
-    p.add_argument("--nonmembers", help="documents the model has not seen, of the kind of the forget set's Task3")
+    add_arguments(p)
     p.add_argument("--scale", choices=("small", "paper"), default="small")
     p.add_argument("--model", help="for --scale paper: a folder or hub id")
     p.add_argument("--gold", help="for --scale paper: a model trained on the retain set only")
     p.add_argument("--recipe", help="default: experiments/podium_SCALE.yml")
     p.add_argument("--dtype", default="float32")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    p.add_argument("--model-seed", type=int, default=0, help="of the small models")
-    p.add_argument("--epochs", type=int, default=EPOCHS, help="the small models' passes over their rows")
     p.add_argument("--evaluate", choices=("official", "full"))
-    p.add_argument("--work", default="out/semeval_ties_models", help="where the small models are kept between runs")
     p.add_argument("--out", required=True)
     p.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out")
     p.add_argument("--results", help="the JSON file to write (default: experiments/results/podium_SCALE.json)")

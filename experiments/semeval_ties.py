@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from _images import save
-from _small import load_lume, small_models, write_sources
+from _small import add_arguments, load_lume, small_models, write_sources
 
 from unlearnjax.models.language_model import load_model
 from unlearnjax.recipes.load import load_recipe, with_suite
@@ -35,25 +35,18 @@ from unlearnjax.report.figure import scatter_svg
 from unlearnjax.report.scores import render_markdown_table
 
 HERE = Path(__file__).parent
-EPOCHS = 25
 
 
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--forget", required=True)
-    p.add_argument("--retain", required=True)
-    p.add_argument("--members", help="documents of the forget set (default: made of its Task3 rows)")
-    p.add_argument("--nonmembers", help="documents the model has not seen, of the kind of the forget set's Task3")
+    add_arguments(p)
     p.add_argument("--scale", choices=("small", "paper"), default="small")
     p.add_argument("--model", help="for --scale paper: a folder or hub id")
     p.add_argument("--gold", help="for --scale paper: a model trained on the retain set only")
     p.add_argument("--recipe", help="default: experiments/semeval_ties_small.yml, or zjuklab at the paper's scale")
     p.add_argument("--dtype", default="float32")
     p.add_argument("--seed", type=int, default=0, help="added to the candidates' seeds, and the training's")
-    p.add_argument("--model-seed", type=int, default=0, help="of the small models")
-    p.add_argument("--epochs", type=int, default=EPOCHS, help="the small models' passes over their rows")
     p.add_argument("--evaluate", choices=("official", "full"))
-    p.add_argument("--work", default="out/semeval_ties_models", help="where the small models are kept between runs")
     p.add_argument("--out", required=True)
     p.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out")
     p.add_argument("--results", default=str(HERE / "results"), help="where the figures to keep go")

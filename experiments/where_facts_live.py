@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from _images import save
-from _small import load_lume, small_models, write_sources
+from _small import add_arguments, load_lume, small_models, write_sources
 from intervals import bootstrap, by_seed, outcome
 
 from unlearnjax.recipes.parse import recipe_from
@@ -37,7 +37,6 @@ from unlearnjax.report.trace import read_trace
 from unlearnjax.tracing.effects import SUBJECT, best_range
 
 HERE = Path(__file__).parent
-EPOCHS = 25
 SETTINGS = {
     "objective": "selective_amnesia", "order": "mixed", "order_parameters": {"bucketed": True}, "adapter": "full",
     "modules": "mlp", "weight_decay": 0.0, "max_grad_norm": 1.0, "warmup_ratio": 0.0, "micro_batch": 12,
@@ -47,17 +46,11 @@ SETTINGS = {
 
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--forget", required=True)
-    p.add_argument("--retain", required=True)
-    p.add_argument("--members", help="documents of the forget set (default: made of its Task3 rows)")
-    p.add_argument("--nonmembers", help="documents the model has not seen, of the kind of the forget set's Task3")
+    add_arguments(p)
     p.add_argument("--widths", type=int, nargs="+", default=[1, 2], help="of the ranges, in layers")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the order of rows")
     p.add_argument("--learning-rate", type=float, default=2e-4)
     p.add_argument("--passes", type=int, default=6, help="epochs of unlearning")
-    p.add_argument("--model-seed", type=int, default=0, help="of the small models")
-    p.add_argument("--epochs", type=int, default=EPOCHS, help="the small models' passes over their rows")
-    p.add_argument("--work", default="out/semeval_ties_models", help="where the small models are kept between runs")
     p.add_argument("--out", required=True)
     p.add_argument("--resume", action="store_true", help="go on with the unfinished work in --out")
     p.add_argument("--results", default=str(HERE / "results" / "where_facts_live.json"), help="the JSON file to write")
