@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from unlearnjax.adapters.full import full
-from unlearnjax.adapters.restricted import restricted
+from unlearnjax.adapters.restricted import change_on_host, restricted
 from unlearnjax.data.schedule import Pace, plan
 from unlearnjax.data.tokens import pack
 from unlearnjax.errors import UserError
@@ -127,3 +127,16 @@ def test_layers_taken_apart_are_the_base_where_nothing_trains(base):
 def test_layers_that_cannot_be(layers, modules, message):
     with pytest.raises(UserError, match=message):
         restricted(CONFIG, layers, modules)
+
+
+@pytest.mark.parametrize("modules", ["mlp", "all"])
+def test_the_change_on_the_host_is_the_delta(base, modules):
+    """Bit for bit, of a trainable that moved."""
+    adapter, h = restricted(CONFIG, [2, 0], modules), index(stack([SETTINGS]), 0)
+    start = adapter.init(jax.random.key(0), base, h)
+    moved = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), start)
+    wanted, found = adapter.delta(base, moved, h), change_on_host(base, moved, [2, 0])
+    assert jax.tree.structure(wanted) == jax.tree.structure(found)
+    for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert np.abs(b[0]).max() > 0 and np.abs(b[1]).max() == 0

@@ -107,15 +107,10 @@ def lora(config: ModelConfig, targets: Sequence[str], rank: int, layers: Sequenc
     return Adapter("lora", init, apply, delta, trains_head=False)
 
 
-def widened(tree: PyTree[Array], layers: Sequence[int] | np.ndarray, total: int, axis: int = 0) -> PyTree[Array]:
-    """A tree of some layers (on `axis` of every leaf) as one of all `total`, zero elsewhere."""
+def widened(tree: PyTree[Array], layers: Sequence[int] | np.ndarray, total: int) -> PyTree[Array]:
+    """A tree of some layers (the first axis of every leaf) as one of all `total`, zero elsewhere."""
     rows = np.asarray(layers, np.int32)
-
-    def leaf(x: Array) -> Array:
-        empty = jnp.zeros((*x.shape[:axis], total, *x.shape[axis + 1 :]), x.dtype)
-        return empty.at[(slice(None),) * axis + (rows,)].set(x)
-
-    return jax.tree.map(leaf, tree)
+    return jax.tree.map(lambda x: jnp.zeros((total, *x.shape[1:]), x.dtype).at[rows].set(x), tree)
 
 
 def _is_pair(x: object) -> bool:

@@ -290,12 +290,11 @@ def finish(
     alone = [] if recipe.merges else [*loras, *deltas]
     chosen = choose_export(recipe.evaluation.export, [m for m, _ in merges], models, alone)
     if chosen is not None:
-        name = chosen if isinstance(chosen, str) else chosen.merge.name
-        report["exported"] = name
         if isinstance(chosen, str):
-            delta = deltas[name] if name in deltas else lora_weights(loras[name])
+            name, delta = chosen, deltas[chosen] if chosen in deltas else lora_weights(loras[chosen])
         else:
-            delta = delta_of(chosen)
+            name, delta = chosen.merge.name, delta_of(chosen)
+        report["exported"] = name
         save_model(changed(lm, delta), out / "model", card=describe_model(lm.source, report, name))
     with staged_file(out / "report.html") as path:
         path.write_text(render_html(report), encoding="utf-8")

@@ -130,11 +130,10 @@ def _train(
     after_step = None
     if waypoints is not None:
         after_step = recorder(waypoints, waypoint_steps(len(steps), recipe.training.waypoints))
-    result = train(
+    return train(
         task, model.params, stores, prepared.schedule, h, progress=progress, label=label, start=start, keeper=keeper,
         stop=stop, after_step=after_step, assessor=assessor,
     )  # fmt: skip
-    return result
 
 
 def check_waypoints(recipe: Recipe, groups: Sequence[Prepared]) -> None:

@@ -178,7 +178,8 @@ def train(
             if first:
                 jax.block_until_ready(states)
             started = time.perf_counter()
-            states, metrics = run(params, stores, states, work_of(step), h, step.width, step.answers)
+            work = work_of(step)
+            states, metrics = run(params, stores, states, work, h, step.width, step.answers)
             # Copies: the next step takes over the states' own buffers.
             waiting.append((step, metrics, states.alive + False, states.updates + 0))
             collect(keep=4)
@@ -191,7 +192,6 @@ def train(
             if assessor is not None and assess is not None:
                 due = assessor.due(updates, schedule.updates, step)
                 if due.any():
-                    work = work_of(step)
                     states = assess(params, stores, states, h, work.epoch, jnp.asarray(due))
             if after_step is not None:
                 after_step(done, states)

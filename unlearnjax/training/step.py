@@ -145,9 +145,9 @@ def by_variant(task: Task, run: Callable[[Task, PyTree], PyTree], stacked: PyTre
         chosen = np.asarray(places, np.int32)
         parts.append(run(task._replace(adapter=adapter, variants=()), jax.tree.map(lambda x, c=chosen: x[c], stacked)))
     order = [place for _, own in task.variants for place in own]
+    whole = jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
     back = np.argsort(order)
-    put = lambda *xs: jnp.concatenate(xs) if order == sorted(order) else jnp.concatenate(xs)[back]  # noqa: E731
-    return jax.tree.map(put, *parts)
+    return whole if order == sorted(order) else jax.tree.map(lambda x: x[back], whole)
 
 
 def step(
