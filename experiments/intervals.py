@@ -36,6 +36,7 @@ from unlearnjax.report.schema import read_report
 
 SPLITS = ("forget", "retain")
 SCORES = ("task_aggregate", "membership_auc", "aggregate_without_mmlu")
+PLANE = ("forgotten", "retained")  # the means of the official terms of either split, the forget split's from 1
 
 
 class Cells(NamedTuple):
@@ -87,7 +88,7 @@ def outcome(generations: Path) -> Outcome:
 
 
 def scores(model: Outcome, draw: Draw) -> dict[str, float]:
-    """The official scores, each document counting as often as drawn; NaN without an attack."""
+    """The official scores and the plane, each document counting as often as drawn; NaN without an attack."""
     means = {}
     for s in SPLITS:
         counts = draw.rows[s] @ model.cells[s].counts
@@ -98,7 +99,8 @@ def scores(model: Outcome, draw: Draw) -> dict[str, float]:
     auc = float("nan")
     if model.wins is not None:
         auc = float(draw.members @ model.wins @ draw.nonmembers / (draw.members.sum() * draw.nonmembers.sum()))
-    return dict(zip(SCORES, (aggregate, auc, (aggregate + 1 - 2 * abs(auc - 0.5)) / 2)))
+    plane = (1 - float(means["forget"].mean()), float(means["retain"].mean()))
+    return dict(zip((*SCORES, *PLANE), (aggregate, auc, (aggregate + 1 - 2 * abs(auc - 0.5)) / 2, *plane)))
 
 
 def bootstrap(
@@ -149,7 +151,7 @@ def bootstrap(
                 "difference": points[i, j] - points[reference, j],
                 "difference_interval": [gap_low[i, j], gap_high[i, j]],
             }
-            for j, score in enumerate(SCORES)
+            for j, score in enumerate((*SCORES, *PLANE))
             if not np.isnan(points[i, j])
         }  # fmt: skip
     return found
