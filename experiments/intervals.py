@@ -49,12 +49,34 @@ class Cells(NamedTuple):
 class Outcome(NamedTuple):
     """What one model's scores are made of.
 
-    wins: [members, non-members], 1 where the non-member has the higher NLL, 1/2 where both have the same; None without
-        an attack.
+    losses: NLL of each member and of each non-member; None without an attack.
     """
 
     cells: dict[str, Cells]
-    wins: np.ndarray | None
+    losses: tuple[np.ndarray, np.ndarray] | None
+
+    @property
+    def wins(self) -> np.ndarray | None:
+        """[members, non-members], 1 where the non-member has the higher NLL, 1/2 where both have the same."""
+        if self.losses is None:
+            return None
+        inside, outside = self.losses
+        return 0.5 * (1 + np.sign(outside[None] - inside[:, None]))
+
+
+def to_plain(model: Outcome) -> dict[str, Any]:
+    """For JSON, without the counts, which are the data's and the same for all models."""
+    sums = {split: cells.sums.round(4).tolist() for split, cells in model.cells.items()}
+    return {"sums": sums, "losses": None if model.losses is None else [x.tolist() for x in model.losses]}
+
+
+def from_plain(plain: dict[str, Any], counts: dict[str, Any]) -> Outcome:
+    """What `to_plain` gave, with the counts by split."""
+    cells = {s: Cells(np.array(own, float), np.array(counts[s], float)) for s, own in plain["sums"].items()}
+    if plain["losses"] is None:
+        return Outcome(cells, None)
+    inside, outside = plain["losses"]
+    return Outcome(cells, (np.array(inside), np.array(outside)))
 
 
 class Draw(NamedTuple):
@@ -84,7 +106,7 @@ def outcome(generations: Path) -> Outcome:
     if found.members is None or found.nonmembers is None:
         return Outcome(cells, None)
     inside, outside = (np.array([x.nll for x in side]) for side in (found.members, found.nonmembers))
-    return Outcome(cells, 0.5 * (1 + np.sign(outside[None] - inside[:, None])))
+    return Outcome(cells, (inside, outside))
 
 
 def scores(model: Outcome, draw: Draw) -> dict[str, float]:

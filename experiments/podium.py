@@ -6,35 +6,37 @@ command goes on after a stop with --resume added):
     python experiments/podium.py --forget LUME/forget_validation.parquet --retain LUME/retain_validation.parquet \\
         --nonmembers LUME/mia/member.jsonl --out out/podium
 
-Models and data are those of semeval_ties.py --scale small (a --work folder of its models serves here too). Every
-candidate of podium_small.yml is trained with each seed (of the adapter and of the order of rows), all in one run, but
-SUGD once: it takes rows in their order and draws nothing. They are
-merged with those of its seed: ZJUKLAB (TIES of an over- and an under-forgetting LoRA), NegMerge (consensus of four
-that learn, subtracted), Selective Amnesia (MLPs of the layers that a trace of the forget set recommends), SUGD, AGAD,
-gradient ascent, GradDiff, NPO, SimNPO, RMU; and merges across the first three systems.
+Models and data are those of semeval_ties.py --scale small (a --work folder of its models serves here too). Every seed
+(of the adapter and of the order of rows; SUGD draws nothing and is the same in each) is a run of its own, of all
+candidates of podium_small.yml and their merges: ZJUKLAB (TIES of an over- and an under-forgetting LoRA), NegMerge
+(consensus of four that learn, subtracted), Selective Amnesia (MLPs of the layers that a trace of the forget set
+recommends), SUGD, AGAD, gradient ascent, GradDiff, NPO, SimNPO, RMU; and merges across the first three systems. Seeds
+may be run one by one: those of other runs stay in --results.
 
 `--scale paper --model FOLDER_OR_HUB_ID` takes podium_paper.yml: the published settings of each, for a model of 16
 layers or more that has memorised LUME; it needs an accelerator and has not been run.
 
-Writes the run under --out, and --results: each system's official scores with intervals (as in intervals.py: a bootstrap
-over documents and seeds), of the difference from ZJUKLAB's merge too; the shares of degenerate answers, the probe, and,
-with `--evaluate full`, what comes back after relearning and after rounding to 4 bits. Expected from the task's
-leaderboard (1B, not the same data): SUGD .688, Selective Amnesia .652, ZJUKLAB .483. Hardware: see the JSON.
+Writes a run per seed under --out, and --results: of every seed each model's scores by document and losses, and of all
+seeds together each system's official scores with intervals (as in intervals.py: a bootstrap over documents and seeds),
+of the difference from ZJUKLAB's merge too; the shares of degenerate answers, the probe, and, with `--evaluate full`,
+what comes back after relearning and after rounding to 4 bits. Expected from the task's leaderboard (1B, not the same
+data): SUGD .688, Selective Amnesia .652, ZJUKLAB .483. Hardware: see the JSON.
 """
 
 import argparse
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 from _images import save
 from _small import add_arguments, load_lume, small_models, write_sources
-from intervals import bootstrap, by_seed, outcome, table
+from intervals import PLANE, bootstrap, from_plain, outcome, table, to_plain
 
 from unlearnjax.models.language_model import load_model
 from unlearnjax.recipes.load import load_recipe, with_suite
 from unlearnjax.recipes.run import run
-from unlearnjax.recipes.schema import Candidate, Merge, Recipe
+from unlearnjax.recipes.schema import Recipe
 from unlearnjax.report.schema import FILE, read_report
 
 HERE = Path(__file__).parent
@@ -53,7 +55,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--evaluate", choices=("official", "full"))
     p.add_argument("--out", required=True)
-    p.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out")
+    p.add_argument("--resume", action="store_true", help="go on with the unfinished runs in --out")
     p.add_argument("--results", help="the JSON file to write (default: experiments/results/podium_SCALE.json)")
     a = p.parse_args()
     if a.scale == "paper" and a.model is None:
@@ -61,69 +63,73 @@ def arguments() -> argparse.Namespace:
     return a
 
 
-def with_seeds(recipe: Recipe, seeds: list[int]) -> Recipe:
-    """Every candidate and merge once per seed, called NAME-seedS; a merge is of its seed's candidates. A candidate that
-    draws nothing is there once, as NAME."""
-    fixed = {c.name for c in recipe.candidates if c.order == "chunked" and c.adapter == "full"}
-
-    def candidate(c: Candidate, seed: int) -> Candidate:
-        if c.name in fixed:
-            return c
-        more = {"init_seed": c.init_seed + seed, "order_seed": c.order_seed + seed}
-        return dataclasses.replace(c, name=f"{c.name}-seed{seed}", **more)  # type: ignore[arg-type]
-
-    def merge(m: Merge, seed: int) -> Merge:
-        of = [name if name in fixed else f"{name}-seed{seed}" for name in m.of or ()]
-        return dataclasses.replace(m, name=f"{m.name}-seed{seed}", of=of)
-
+def with_seed(recipe: Recipe, seed: int) -> Recipe:
+    """The recipe with other draws."""
     return dataclasses.replace(
         recipe,
         candidates=tuple(
-            {own.name: own for s in seeds for own in (candidate(c, s) for c in recipe.candidates)}.values()
+            dataclasses.replace(c, init_seed=c.init_seed + seed, order_seed=c.order_seed + seed)
+            for c in recipe.candidates
         ),
-        merges=tuple(merge(m, seed) for seed in seeds for m in recipe.merges),
     )
 
 
 def main() -> None:
     a = arguments()
     data = load_lume(a.forget, a.retain, a.members, a.nonmembers, a.model_seed)
-    small, work, out = a.scale == "small", Path(a.work), Path(a.out)
+    small, work = a.scale == "small", Path(a.work)
     if small:
         base, gold = small_models(work, data, seed=a.model_seed, epochs=a.epochs)
     else:
         base, gold = load_model(a.model, a.dtype), load_model(a.gold, a.dtype) if a.gold else None
     sources = write_sources(data, work, a.forget, a.retain, a.nonmembers, probe=small)
-    recipe = with_seeds(load_recipe(a.recipe or str(HERE / f"podium_{a.scale}.yml")), a.seeds)
-    recipe = with_suite(recipe, a.evaluate)
-    if a.resume and (out / FILE).exists():
-        report = read_report(out)
-    else:
-        command = ["python", "experiments/podium.py", "--scale", a.scale]
-        title = f"The podium of SemEval-2025 Task 4 on LUME ({a.scale})"
-        resume = a.resume and out.exists()
-        report = run(base, sources, out, recipe, gold=gold, command=command, title=title, resume=resume)
-    kept = figures(report, out)
-    save(kept, Path(a.results or HERE / "results" / f"podium_{a.scale}.json"))
-    print(table(kept["models"], AGAINST))
+    recipe = with_suite(load_recipe(a.recipe or str(HERE / f"podium_{a.scale}.yml")), a.evaluate)
+    results = Path(a.results or HERE / "results" / f"podium_{a.scale}.json")
+    for seed in a.seeds:
+        out = Path(a.out) / f"seed{seed}"
+        if a.resume and (out / FILE).exists():
+            report = read_report(out)
+        else:
+            command = ["python", "experiments/podium.py", "--scale", a.scale, "--seeds", str(seed)]
+            title = f"The podium of SemEval-2025 Task 4 on LUME ({a.scale}, seed {seed})"
+            resume = a.resume and out.exists()
+            report = run(
+                base, sources, out, with_seed(recipe, seed), gold=gold, command=command, title=title, resume=resume
+            )  # fmt: skip
+        others = json.loads(results.read_text(encoding="utf-8"))["seeds"] if results.exists() else []
+        others = [one for one in others if one["seed"] != seed]
+        seeds = sorted([*others, of_seed(report, out, seed)], key=lambda one: one["seed"])
+        save({"against": AGAINST, "models": together(seeds), "seeds": seeds}, results)
+    found = together(seeds)
+    print(table(found, AGAINST))
+    for name, own in found.items():
+        values = [f"{own[score]['value']:.3f}" for score in PLANE]
+        print(f"{name}: forgotten {values[0]}, retained {values[1]}")
 
 
-def figures(report: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What is kept: scores with intervals by system, and what the score hides by seed."""
-    models = {m["name"]: m for m in report["models"]}
-    groups = by_seed(list(models))
-    outcomes = {name: outcome(folder / "generations" / name) for name in models}
-    found = bootstrap({g: [outcomes[n] for n in own] for g, own in groups.items()}, AGAINST, 2000, 0)
-    for group, own in groups.items():
-        each = [models[name] for name in dict.fromkeys(own)]
-        found[group] |= {
-            "kind": each[0]["kind"],
-            "degenerate": [m["scores"]["degenerate"] for m in each],
-            "probe": [(m["scores"]["probe"] or {}).get("accuracy") for m in each],
-            "hidden": [{part: m["full"].get(part) for part in HIDDEN} for m in each if "full" in m],
+def of_seed(report: dict[str, Any], folder: Path, seed: int) -> dict[str, Any]:
+    """What is kept of one seed's run: what the scores are made of, and what they hide."""
+    outcomes = {m["name"]: outcome(folder / "generations" / m["name"]) for m in report["models"]}
+    models = {
+        m["name"]: {
+            "kind": m["kind"],
+            "outcome": to_plain(outcomes[m["name"]]),
+            "degenerate": m["scores"]["degenerate"],
+            "probe": (m["scores"]["probe"] or {}).get("accuracy"),
+            "hidden": {part: m["full"].get(part) for part in HIDDEN} if "full" in m else None,
         }
+        for m in report["models"]
+    }
+    counts = {split: cells.counts.astype(int).tolist() for split, cells in next(iter(outcomes.values())).cells.items()}
     keep = ("recipe", "data", "hardware", "warnings", "merges", "training")
-    return {"against": AGAINST, "models": found, **{key: report[key] for key in keep}}
+    return {"seed": seed, "counts": counts, "models": models, **{key: report[key] for key in keep}}
+
+
+def together(seeds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Every model's scores with intervals, over the seeds that have all of them."""
+    names = [name for name in seeds[0]["models"] if all(name in one["models"] for one in seeds)]
+    outcomes = {name: [from_plain(one["models"][name]["outcome"], one["counts"]) for one in seeds] for name in names}
+    return bootstrap(outcomes, AGAINST, 2000, 0)
 
 
 if __name__ == "__main__":

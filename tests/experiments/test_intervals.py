@@ -1,5 +1,6 @@
 """The intervals' scores are the official ones, and their bootstrap covers what it must."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from unlearnjax.report.scores import forgotten, retained
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
 
-from intervals import SCORES, SPLITS, Draw, bootstrap, by_seed, outcome, scores, table
+from intervals import SCORES, SPLITS, Draw, bootstrap, by_seed, from_plain, outcome, scores, table, to_plain
 
 DOCUMENTS = [f"d{i}" for i in range(40)]
 
@@ -39,6 +40,14 @@ def test_the_scores_are_the_official_ones(tmp_path):
     official = score_folder(tmp_path / "one")
     plane = {"forgotten": forgotten(official), "retained": retained(official)}
     assert found == pytest.approx({**{name: official[name] for name in SCORES}, **plane}, abs=1e-12)
+
+
+def test_what_a_score_is_made_of_can_be_kept(tmp_path):
+    one = make(tmp_path / "one", (0.3, 0.8), 1.0)
+    counts = {split: cells.counts.tolist() for split, cells in one.cells.items()}
+    again = from_plain(json.loads(json.dumps(to_plain(one))), counts)
+    draw = Draw({s: np.ones(40) for s in SPLITS}, *[np.ones(40)] * 2)
+    assert scores(again, draw) == pytest.approx(scores(one, draw), abs=1e-4)
 
 
 def test_models_that_differ_differ_beyond_the_interval_and_equal_ones_do_not(tmp_path):
