@@ -19,6 +19,12 @@ def _sources(a: argparse.Namespace) -> "Sources":
     return Sources(a.forget, a.retain, a.members, a.nonmembers, a.probe)
 
 
+def mesh_of(a: argparse.Namespace) -> dict[str, int] | None:
+    """What --mesh says: sizes by axis."""
+
+    return None if a.mesh is None else parsemesh_of(a.mesh)
+
+
 def say(message: str) -> None:
     """One line on stderr."""
     print(f"unlearnjax: {message}", file=sys.stderr)
@@ -64,7 +70,7 @@ def _show(report: dict[str, Any], out: Path) -> None:
 
 
 IMAGE_OPTIONS = ("data", "test", "forget_test", "validation", "resize")
-TEXT_OPTIONS = ("retain", "members", "nonmembers", "probe", "mmlu_data", "evaluate")
+TEXT_OPTIONS = ("retain", "members", "nonmembers", "probe", "mmlu_data", "evaluate", "mesh")
 
 
 def run(a: argparse.Namespace) -> None:
@@ -85,7 +91,7 @@ def run(a: argparse.Namespace) -> None:
     report = run(
         a.model, _sources(a), a.out, recipe, gold=a.gold, mmlu_data=a.mmlu_data, mmlu_shots=a.mmlu_shots, dtype=a.dtype,
         command=a.command_line, progress=not a.quiet, resume=a.resume, checkpoint_every=a.checkpoint_every,
-        stop=a.stop, say=say,
+        stop=a.stop, say=say, mesh=mesh_of(a),
     )  # fmt: skip
     _show(report, Path(a.out))
 
@@ -134,7 +140,7 @@ def demo(a: argparse.Namespace) -> None:
     recipe = with_suite(load_recipe(a.recipe), a.evaluate)
     report = demo(
         a.out, recipe=recipe, seed=a.seed, command=a.command_line, progress=not a.quiet, resume=a.resume,
-        checkpoint_every=a.checkpoint_every, stop=a.stop, say=say,
+        checkpoint_every=a.checkpoint_every, stop=a.stop, say=say, mesh=mesh_of(a),
     )  # fmt: skip
     _show(report, Path(a.out) / "result")
 
@@ -147,7 +153,7 @@ def evaluate(a: argparse.Namespace) -> None:
         a.model, _sources(a), a.out, adapter=a.adapter, mmlu_file=a.mmlu, mmlu_data=a.mmlu_data,
         mmlu_shots=a.mmlu_shots, suite=a.evaluate or "official", original=a.original, gold=a.gold, dtype=a.dtype,
         max_new_tokens=a.max_new_tokens, batch_size=a.batch_size, progress=not a.quiet, warn=_warn, resume=a.resume,
-        stop=a.stop, say=say,
+        stop=a.stop, say=say, mesh=mesh_of(a),
     )  # fmt: skip
     print(json.dumps(scores, indent=1))
 

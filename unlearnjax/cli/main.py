@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from unlearnjax.cli import bench, commands, merge, trace
+from unlearnjax.cli import bench, commands, merge, plan, trace
 from unlearnjax.cli.huge_pages import restart_with_huge_pages
 from unlearnjax.errors import UserError, nearest
 from unlearnjax.training.interrupt import Stop, catch_signals
@@ -53,6 +53,13 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument("--probe", metavar="P", help="general-knowledge questions (columns input, output)")
         p.add_argument("--dtype", default="float32", help="of the base weights: float32, bfloat16 or float16")
 
+    def mesh(p: argparse.ArgumentParser) -> None:
+        p.add_argument(
+            "--mesh", metavar="AXES",
+            help="how devices share the work: candidate=4,data=1,fsdp=2,tensor=1; axes left out have one device "
+            "(default: by the devices' number and memory)",
+        )  # fmt: skip
+
     def mmlu(p: argparse.ArgumentParser) -> None:
         text = "measure MMLU: a folder of the hub's layout, or cais/mmlu itself"
         p.add_argument("--mmlu-data", metavar="M", help=text)
@@ -91,6 +98,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--gold", metavar="G", help="a model that never saw the forget rows, to compare with")
     suite(p)
     checkpoints(p)
+    mesh(p)
 
     p = add("demo", commands.demo, "The same job on a small model and a corpus made on the spot; nothing to download.")
     p.add_argument("--out", default="demo-out", help="a new or empty folder (default: demo-out)")
@@ -98,6 +106,7 @@ def parser() -> argparse.ArgumentParser:
     suite(p)
     p.add_argument("--seed", type=int, default=0, help="of the corpus and the model (default: 0)")
     checkpoints(p)
+    mesh(p)
 
     p = add("evaluate", commands.evaluate, "Score a model folder by the official SemEval-2025 Task 4 protocol.")
     p.add_argument("--model", required=True, help="a model folder or hub id")
@@ -112,6 +121,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max-new-tokens", type=int, default=256, help="default: 256, the official value")
     p.add_argument("--batch-size", type=int, default=32, help="rows generated at once (default: 32)")
     going_on(p, "evaluation")
+    mesh(p)
 
     p = add("score", commands.score, "The official scores of a folder of generation CSVs with the official columns.")
     p.add_argument("folder", help="holds forget_*.csv and retain_*.csv, and mia_results/ if membership is to be scored")
@@ -123,6 +133,13 @@ def parser() -> argparse.ArgumentParser:
     p = add("trace", trace.trace, "Find the layers that hold a model's facts, by causal mediation.")
     trace.add_options(p)
     going_on(p, "trace")
+    mesh(p)
+
+    p = add(
+        "plan", plan.plan, "What a job takes on a machine that need not be there: memory, operations, time at least."
+    )
+    plan.add_options(p)
+    mesh(p)
 
     p = add("bench", bench.bench, "Throughput on this machine: of merges, and of candidate training.")
     bench.add_options(p)

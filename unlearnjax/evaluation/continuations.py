@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from unlearnjax.distributed.rules import spread_rows
 from unlearnjax.errors import UserError
 from unlearnjax.evaluation.batches import batches, check_rows, name_of, power_of_two
 from unlearnjax.evaluation.nll import LOGITS_AT_ONCE
@@ -114,7 +115,8 @@ def continuation_scores(
             continuation = rows[place][1]
             targets[at, width - len(continuation) :] = continuation
             counted[at, width - len(continuation) :] = True
-        found = run(variables.params, variables.lora, batch.tokens, batch.segments, targets, counted)
+        arrays = spread_rows(variables.params, batch.tokens, batch.segments, targets, counted)
+        found = run(variables.params, variables.lora, *arrays)
         total[batch.places], greedy[batch.places] = (np.asarray(x)[: len(batch.places)] for x in found)
         if progress is not None:
             progress(len(batch.places))

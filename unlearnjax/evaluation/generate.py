@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from unlearnjax.distributed.rules import spread_rows
 from unlearnjax.errors import UserError
 from unlearnjax.evaluation.batches import Batch, batches, check_rows, power_of_two
 from unlearnjax.evaluation.journal import Records, recorded
@@ -233,7 +234,8 @@ def _generate_batch(
     live = np.arange(total) < len(batch.places)
     prompt = np.full(total, -1, np.int32)
     prompt[live] = batch.places
-    state = run.start(params, lora, batch.tokens, batch.segments, prompt, eos, noise, count=count)
+    tokens, segments, prompt = spread_rows(params, batch.tokens, batch.segments, prompt)
+    state = run.start(params, lora, tokens, segments, prompt, eos, noise, count=count)
     produced = np.zeros((count, total, limit), np.int32)
     produced[:, :, 0] = state.last
     # rows[n, i]: which of the batch's rows runs in place i of candidate n; -1 where the place is filler.
@@ -255,9 +257,9 @@ def _generate_batch(
             state = run.grow(state, slots=slots)
         size = max(64, power_of_two(limit))
         state, new = run.run(params, lora, state, np.int32(end - done), eos, noise, size=size)
-        tokens = np.asarray(new)[: end - done].transpose(1, 2, 0)
+        fresh = np.asarray(new)[: end - done].transpose(1, 2, 0)
         for n, at in zip(*np.nonzero(rows >= 0)):
-            produced[n, rows[n, at], done:end] = tokens[n, at]
+            produced[n, rows[n, at], done:end] = fresh[n, at]
         done = end
     return produced
 

@@ -195,7 +195,8 @@ def mmlu_candidates(
         records = journal.records("MMLU", **work, batch_size=batch_size)
 
     def scores(batch: Batch) -> list[list[list[float]]]:
-        made = run(params, lora, batch.tokens, batch.segments, batch.lengths, letters, count=count)
+        rows = spread_rows(params, batch.tokens, batch.segments, batch.lengths)
+        made = run(params, lora, *rows, letters, count=count)
         return np.asarray(made)[:, : len(batch.places)].tolist()
 
     # The pad id is never attended to.

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 from unlearnjax_kernels.vocab_logsumexp import vocab_logsumexp
 
+from unlearnjax.distributed.rules import spread_rows
 from unlearnjax.errors import UserError
 from unlearnjax.evaluation.batches import Batch, batches, check_rows, name_of
 from unlearnjax.evaluation.generate import stack_of_one
@@ -117,7 +118,7 @@ def token_nll_candidates(
         counted = np.zeros(batch.tokens.shape, np.float32)
         for at, row in enumerate(batch.places):
             counted[at, starts[row] : len(rows[row])] = 1.0
-        found = run(params, lora, batch.tokens, batch.segments, counted, count=count)
+        found = run(params, lora, *spread_rows(params, batch.tokens, batch.segments, counted), count=count)
         return np.asarray(found)[:, : len(batch.places)].tolist()
 
     # The pad id is never attended to and never counted.

@@ -9,11 +9,13 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from unlearnjax.errors import UserError, nearest
 from unlearnjax.io.atomic import staged_folder
 from unlearnjax.io.safetensors import Checkpoint, Entry, conversion, open_folder, write_sharded
+from unlearnjax.io.sharded import load_on
 from unlearnjax.models.abstract import abstract_params
 from unlearnjax.models.config import ModelConfig
 from unlearnjax.models.config_json import config_from_hf, config_to_hf
@@ -69,6 +71,24 @@ def resolve(model: str | Path) -> Path:
             f"refused; if you trust them convert them once: {conversion(str(model), target)}"
         )
     return path
+
+
+def resolve_config(model: str | Path) -> Path:
+    """As `resolve`, but of a hub repository only its configuration is fetched.
+
+    Raises:
+      UserError: neither a folder nor a hub id that can be fetched.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir() or path.exists() or not _HUB_ID.fullmatch(str(model)):
+        return resolve(model)
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(str(model), allow_patterns=["config.json", "generation_config.json"]))
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{model}: no such folder here, and not to be had from the hub ({lines[0]})") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -161,8 +181,10 @@ def _several(names: list[str]) -> str:
     return f"{len(names)} tensors ({', '.join(map(repr, names[:3]))}{', ...' if len(names) > 3 else ''}) are"
 
 
-def load_params(folder: str | Path, config: ModelConfig, dtype: str = "float32") -> PyTree[Array]:
-    """A model folder's weights as the decoder's parameter tree, on jax's default device.
+def load_params(
+    folder: str | Path, config: ModelConfig, dtype: str = "float32", mesh: Mesh | None = None
+) -> PyTree[Array]:
+    """A model folder's weights as the decoder's parameter tree, on jax's default device or on a mesh.
 
     Each array is filled layer by layer from the mapped files, so no more than one of our (layer-stacked) arrays is
     ever held twice; on CPU jax takes the filled buffer as it is.
@@ -171,6 +193,7 @@ def load_params(folder: str | Path, config: ModelConfig, dtype: str = "float32")
       folder: safetensors weights, single or sharded, in any float dtype.
       config: the folder's config (`load_config`).
       dtype: the dtype of the result: float32, bfloat16 or float16.
+      mesh: lay the arrays on it; each process then reads its own devices' parts alone.
 
     Raises:
       UserError: an unknown dtype, a broken or pickled checkpoint (see `safetensors.open_folder`), missing or
@@ -181,6 +204,10 @@ def load_params(folder: str | Path, config: ModelConfig, dtype: str = "float32")
     wanted = sources(config, abstract_params(config, kind))
     _check(checkpoint, config, wanted)
     params: dict[str, Any] = {}
+    if mesh is not None:
+        for source, array in zip(wanted, load_on(mesh, checkpoint, wanted), strict=True):
+            _set(params, source.path, array)
+        return params
     for source in wanted:
         buffer = aligned_empty(source.info.shape, kind)
         for index, name in enumerate(source.names):

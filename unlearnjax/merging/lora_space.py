@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, PyTree
 
+from unlearnjax.distributed.rules import cut_for_merging
 from unlearnjax.errors import UserError, nearest
 from unlearnjax.merging.api import check_hyperparameters, find_rule, merge_stacked
 from unlearnjax.merging.core_space import merge_core
@@ -107,8 +108,12 @@ def merge_lora(
     scale = per_candidate("scale", scale, linears)
     options: dict[str, Any] = {"semantics": rule.semantics, "key": key, "stacked": 1}
     if space == "delta":
-        deltas = {path: _product(path, pair, scale) for path, pair in linears.items()}
-        merged = merge_stacked(deltas, found, weights=weights, **options, **hyperparameters)
+        # Where a tensor's merge asks for nothing of the others, one linear's deltas are formed at a time.
+        groups = [[path] for path in linears] if rule.scope == "leaf" else [list(linears)]
+        merged: dict[str, Array] = {}
+        for paths in groups:
+            deltas = {path: _product(path, cut_for_merging(linears[path]), scale) for path in paths}
+            merged |= merge_stacked(deltas, found, weights=weights, **options, **hyperparameters)
         return nest({path: {"weight": delta} for path, delta in merged.items()})
     return _merge_factors(linears, scale, found, rule, weights, options, hyperparameters)
 

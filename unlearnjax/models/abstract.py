@@ -65,6 +65,12 @@ def logical_axes(tree: PyTree[ArrayInfo]) -> PyTree[tuple[str, ...]]:
     return jax.tree.map(lambda i: i.axes, tree, is_leaf=is_info)
 
 
+def weight_bytes(config: ModelConfig, dtype: str) -> int:
+    """What the decoder's parameters take."""
+    leaves = jax.tree.leaves(shapes(abstract_params(config, jnp.dtype(dtype))))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
 def name_key(key: Array, name: str) -> Array:
     """A key that depends on a parameter's name and on nothing else of the tree."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)

@@ -14,7 +14,7 @@ from unlearnjax.models.cache import Cache, Slots, init_cache
 from unlearnjax.models.config import ModelConfig
 from unlearnjax.models.layers import MLP, Attention, Norm, pick
 from unlearnjax.models.masks import causal_mask, window_mask
-from unlearnjax.models.protocol import Dropout, Model, Output, Taps
+from unlearnjax.models.protocol import WHERE_IT_IS, Dropout, Model, Output, Spread, Taps
 from unlearnjax.models.rope import rotations
 
 
@@ -110,6 +110,7 @@ def forward(
     layers: tuple[int, int] | None = None,
     dropout: Dropout | None = None,
     at: Int[Array, "batch reads"] | None = None,
+    spread: Spread = WHERE_IT_IS,
 ) -> Output:
     """The forward pass; `unlearnjax.models.protocol.Model` has the contract."""
     first, last = layers or (0, config.layers)
@@ -124,7 +125,7 @@ def forward(
     sliding = config.sliding[first:last] or (False,) * (last - first)
     full, local = _views(config, positions, mask, cache, sliding)
 
-    x = embedded(config, params, tokens) if first == 0 else tokens
+    x = spread.stream(embedded(config, params, tokens) if first == 0 else tokens)
     if taps.embed_add is not None:
         x = x + taps.embed_add.astype(x.dtype)
 
@@ -134,13 +135,14 @@ def forward(
         x: Array, slots: Slots | None, xs: tuple[Any, Any, Any], slides: bool | Array, at: Array | None
     ) -> tuple[Array, Slots | None, dict[str, Array]]:
         variables, replace, index = xs
+        variables = {**variables, "lora": spread.adapter(variables["lora"])}
         if isinstance(slides, bool):
             view = local if slides else full
         else:
             view = jax.tree.map(lambda a, b: jnp.where(slides, a, b), local, full)
         dropped = None if dropout is None else Dropout(jax.random.fold_in(dropout.key, index), dropout.rate)
         x, slots, seen = layer.apply(variables, x, *view, slots, dropped, replace, at)  # type: ignore[misc]
-        return x, slots, {site: seen[site] for site in taps.read}
+        return spread.stream(x), slots, {site: seen[site] for site in taps.read}
 
     saving = jax.checkpoint if remat else lambda step: step
     trees = {"params": params["layers"], "lora": {} if lora is None else lora["layers"]}
@@ -230,18 +232,20 @@ CPU_SCORES_AT_ONCE = 2**19
 
 
 def build(
-    config: ModelConfig, *, unroll: bool | None = None, remat: bool = False, scores_at_once: int | None = None
+    config: ModelConfig, *, unroll: bool | None = None, remat: bool | None = None, scores_at_once: int | None = None
 ) -> Model:
     """A decoder as functions.
 
     Args:
       config: the model's sizes.
       unroll: unroll the layers (faster steps, slower compiles) or scan them. Default: unrolled up to 8 layers.
-      remat: recompute each layer in the backward pass instead of keeping its activations.
+      remat: recompute each layer in the backward pass instead of keeping its activations. Default: where layers are
+        scanned.
       scores_at_once: attention goes through the rows in blocks of about so many scores. Default: all rows at once,
         but CPU_SCORES_AT_ONCE where JAX's default device is a CPU.
     """
     unroll = config.layers <= 8 if unroll is None else unroll
+    remat = not unroll if remat is None else remat
     if scores_at_once is None and jax.default_backend() == "cpu":
         scores_at_once = CPU_SCORES_AT_ONCE
     run = functools.partial(forward, config, unroll, remat, scores_at_once)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
 from unlearnjax.errors import UserError
@@ -86,14 +87,16 @@ def _logits(model: Model, params: PyTree[Array], tokens: Array, segments: Array 
 
 
 def load_model(
-    folder: str | Path, dtype: str = "float32", *, unroll: bool | None = None, remat: bool = False
-) -> LanguageModel:
+    folder: str | Path, dtype: str = "float32", *, unroll: bool | None = None, remat: bool | None = None,
+    mesh: Mesh | None = None,
+) -> LanguageModel:  # fmt: skip
     """Load a causal language model from a Hugging Face folder or the hub.
 
     Args:
       folder: a folder with config.json and safetensors weights, or a hub id.
       dtype: the weights' dtype: float32, bfloat16 or float16.
       unroll, remat: how the layers run (see `unlearnjax.models.decoder.build`).
+      mesh: the devices that the weights are laid on (see `unlearnjax.distributed.mesh`); default: jax's default device.
 
     Raises:
       UserError: an unknown dtype, no such model, an unsupported architecture, or broken or pickled files.
@@ -101,7 +104,7 @@ def load_model(
     check_dtype(dtype)
     path = resolve(folder)
     config = load_config(path)
-    params = load_params(path, config, dtype)
+    params = load_params(path, config, dtype, mesh)
     return LanguageModel(params, config, load_tokenizer(path), build(config, unroll=unroll, remat=remat), str(folder))
 
 

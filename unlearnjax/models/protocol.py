@@ -39,6 +39,24 @@ class Dropout(NamedTuple):
     rate: Float[Array, ""]
 
 
+def _as_it_is(x: PyTree[Array]) -> PyTree[Array]:
+    return x
+
+
+class Spread(NamedTuple):
+    """Where arrays lie among devices, as functions that say so inside a compiled program.
+
+    `stream`: of the hidden states that enter the first layer, and of each layer's output. `adapter`: of a layer's
+    low-rank factors, before they are used.
+    """
+
+    stream: Callable[[Array], Array] = _as_it_is
+    adapter: Callable[[PyTree[Array]], PyTree[Array]] = _as_it_is
+
+
+WHERE_IT_IS = Spread()
+
+
 class Output(NamedTuple):
     """`hidden` is after the final norm when the range reaches the last layer. `taps[site]` is [layers, ...]."""
 
@@ -50,7 +68,8 @@ class Output(NamedTuple):
 class Model(NamedTuple):
     """A causal decoder as functions.
 
-    `forward(params, lora, tokens, *, positions, segments, cache, taps, layers, dropout, at) -> Output`:
+    `forward(params, lora, tokens, *, positions, segments, cache, taps, layers, dropout, at, spread) ->
+    Output`:
       tokens: int [batch, length]; or, when `layers` starts above 0, the hidden states [batch, length, hidden] that
         enter its first layer.
       positions: int [batch, length], default 0, 1, ...; segments: int [batch, length], attention stays inside a
@@ -60,6 +79,7 @@ class Model(NamedTuple):
       at: int [batch, reads], the positions whose hidden states are wanted: `hidden` is [batch, reads, hidden]. Where
         layers are unrolled, the last one's work is done for them alone. Not with taps; but in a range of one layer with
         `replace`, whose positions then are those of `at`.
+      spread: where arrays lie among devices.
     `init_cache(batch, slots, dtype)`: an empty cache.
     `apart(tree, axis=0)`: base weights or an adapter as a loop over calls wants them. `forward` takes them too.
     `unrolled()`: the same decoder with its layers unrolled, for adapters that give them taken apart.

@@ -3,7 +3,7 @@ and then forgets half of it."""
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ import jax.numpy as jnp
 from unlearnjax.data.bpe import train_tokenizer
 from unlearnjax.data.rows import write_documents, write_rows
 from unlearnjax.data.synthetic import Corpus, make_corpus, tokenizer_texts
+from unlearnjax.distributed.mesh import choose_mesh
+from unlearnjax.distributed.rules import of_params
 from unlearnjax.errors import UserError
 from unlearnjax.io.atomic import remove_left_overs, require_free, staged_file
 from unlearnjax.io.fingerprint import difference
 from unlearnjax.io.huggingface import load_params
-from unlearnjax.models.abstract import init_params
+from unlearnjax.models.abstract import init_params, weight_bytes
 from unlearnjax.models.config import ModelConfig
 from unlearnjax.models.decoder import build
 from unlearnjax.models.language_model import LanguageModel, save_model
@@ -72,7 +74,7 @@ def write_corpus(corpus: Corpus, folder: Path) -> Sources:
 def demo(
     out: str | Path, *, recipe: Recipe | None = None, seed: int = 0, epochs: int = EPOCHS, command: Sequence[str] = (),
     progress: bool = True, resume: bool = False, checkpoint_every: float = CHECKPOINT_EVERY, stop: Stop | None = None,
-    say: Callable[[str], None] | None = None,
+    say: Callable[[str], None] | None = None, mesh: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Make the corpus in `out`/data and the model in `out`/base, then unlearn into `out`/result; returns the report.
 
@@ -83,7 +85,7 @@ def demo(
       epochs: passes over the corpus while the model learns it; fewer leave less to forget.
       command: the command line, for the report.
       resume: go on with an unfinished demo in `out`, if there is one: a model in `out`/base is not made again.
-      checkpoint_every, stop, say: see `unlearnjax.recipes.run.run`.
+      checkpoint_every, stop, say, mesh: see `unlearnjax.recipes.run.run`.
 
     Raises:
       UserError: `out` exists and is not empty, or the recipe does not suit the model; before anything is computed. With
@@ -95,6 +97,7 @@ def demo(
     recipe = recipe or load_recipe("demo")
     corpus = make_corpus(seed)
     outline = make_outline(seed)
+    shared = choose_mesh(mesh, len(recipe.candidates), weight_bytes(outline.config, "float32"))
     data = Data(corpus.forget, corpus.retain, corpus.members, corpus.nonmembers, corpus.neutral)
     check_waypoints(recipe, prepare(recipe, outline, data, Sources(*Data._fields)))
     if (folder / "base").is_dir():
@@ -109,6 +112,9 @@ def demo(
         save_model(base, folder / "base")
     # The adapters name their base by the path as the user wrote it.
     base = dataclasses.replace(base, source=str(Path(out) / "base"))
+    if shared is not None:
+        places = of_params(shared, base.model.abstract(jnp.float32))
+        base = dataclasses.replace(base, params=jax.device_put(base.params, places))
     title = "Demo: a small model forgets half of what it learned by heart"
     return run(
         base, sources, folder / "result", recipe, command=command, title=title, progress=progress, resume=resume,

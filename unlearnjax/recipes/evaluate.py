@@ -3,11 +3,14 @@
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from unlearnjax.adapters.lora import scaled
+from unlearnjax.distributed.mesh import choose_mesh
 from unlearnjax.errors import UserError, check_known
 from unlearnjax.evaluation.generate import stack_of_one
 from unlearnjax.evaluation.journal import Journal
@@ -18,6 +21,7 @@ from unlearnjax.io.atomic import remove_left_overs, staged_file
 from unlearnjax.io.huggingface import check_dtype, load_params, resolve
 from unlearnjax.io.locks import lock_folder
 from unlearnjax.io.peft import load_adapter
+from unlearnjax.models.abstract import weight_bytes
 from unlearnjax.recipes.evaluate_step import Group, evaluate_full, measure_mmlu, write_mmlu
 from unlearnjax.recipes.parse import SUITES
 from unlearnjax.recipes.prepare import (
@@ -54,6 +58,7 @@ def evaluate(
     resume: bool = False,
     stop: Stop | None = None,
     say: Callable[[str], None] | None = None,
+    mesh: Mesh | Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Generate, attack and score; writes the official CSVs and scores.json under `out`, and returns the scores.
 
@@ -70,6 +75,7 @@ def evaluate(
         again, where model, data and settings are the same.
       stop: looked at after each batch.
       say: receives lines about a journal that could not be used or written; default: Python warnings.
+      mesh: the devices that share the work, or their number along each axis (see `unlearnjax.distributed.mesh`).
 
     Raises:
       UserError: any bad input, before anything is computed or written.
@@ -98,10 +104,11 @@ def evaluate(
     if adapter is not None:
         loaded = load_adapter(adapter, lm.config)
         stack = stack_of_one(scaled(loaded.lora, loaded.alpha / loaded.rank))
-    params = load_params(folder, lm.config, dtype)
+    mesh = choose_mesh(mesh, 1, weight_bytes(lm.config, dtype))
+    params = load_params(folder, lm.config, dtype, mesh)
     lm = dataclasses.replace(lm, params=params)
-    before = lm if original is None else load_reference(original, lm, dtype, "model before unlearning")
-    reference = None if gold is None else load_reference(gold, lm, dtype, "gold model")
+    before = lm if original is None else load_reference(original, lm, dtype, "model before unlearning", mesh)
+    reference = None if gold is None else load_reference(gold, lm, dtype, "gold model", mesh)
     known = {**model_fingerprint(params), "adapter": weights_sha256(stack)}
     journal = Journal(out / SCORING.meanwhile, known, say or say_by_warning)
     journal.folder.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from jax.sharding import Mesh
+
 from unlearnjax.adapters.lora import resolve_targets
 from unlearnjax.data.idk import ANSWERS, idk_rows, load_answers
 from unlearnjax.data.mmlu import load_mmlu
@@ -83,16 +85,18 @@ def without_weights(folder: Path, source: str) -> LanguageModel:
     return LanguageModel(None, config, load_tokenizer(folder), build(config), source)
 
 
-def load_reference(other: str | LanguageModel, model: LanguageModel, dtype: str, role: str) -> LanguageModel:
+def load_reference(
+    other: str | LanguageModel, model: LanguageModel, dtype: str, role: str, mesh: Mesh | None = None
+) -> LanguageModel:
     """Another model to compare with.
 
     Args:
-      role: what it is to be, such as `gold model`.
+      role: what it is to be, such as `gold model`. mesh: see `load_model`.
 
     Raises:
       UserError: it cannot be loaded, or is not of the model's sizes, or has another vocabulary.
     """
-    found = load_model(other, dtype) if isinstance(other, str) else other
+    found = load_model(other, dtype, mesh=mesh) if isinstance(other, str) else other
     for field in dataclasses.fields(model.config):
         ours, its = getattr(model.config, field.name), getattr(found.config, field.name)
         if ours != its:

@@ -3,19 +3,22 @@
 import contextlib
 import dataclasses
 import datetime
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from jax.sharding import Mesh
 
 import unlearnjax
 from unlearnjax.adapters.lora import lora_weights, scaled
+from unlearnjax.distributed.mesh import choose_mesh
 from unlearnjax.errors import UserError
 from unlearnjax.evaluation.journal import Journal
 from unlearnjax.evaluation.mmlu import SHOTS, Prompts
 from unlearnjax.io.atomic import staged_file
 from unlearnjax.io.huggingface import check_dtype, load_params, resolve
+from unlearnjax.models.abstract import weight_bytes
 from unlearnjax.models.language_model import LanguageModel, save_model
 from unlearnjax.recipes.describe import (
     describe_candidates,
@@ -143,6 +146,7 @@ def run(
     checkpoint_every: float = CHECKPOINT_EVERY,
     stop: Stop | None = None,
     say: Callable[[str], None] | None = None,
+    mesh: Mesh | Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Unlearn: the job that `unlearnjax run` does.
 
@@ -166,6 +170,8 @@ def run(
       checkpoint_every: seconds of training between checkpoints (in `out`/checkpoints, removed when the run has ended).
       stop: see `unlearnjax.training.interrupt.catch_signals`.
       say: receives lines about checkpoints and journals that could not be written or read; default: Python warnings.
+      mesh: the devices that share the work, or their number along each axis (see `unlearnjax.distributed.mesh`), when
+        `model` is a name; default: see `choose_mesh`. A loaded model uses those that it lies on.
 
     Returns:
       The report (see `unlearnjax.report.schema`). Its `exported` names the merge in model/; both are absent where no
@@ -186,9 +192,12 @@ def run(
     groups = prepare(recipe, lm, data, sources)
     check_waypoints(recipe, groups)
     mmlu = None if mmlu_data is None else load_prompts(lm, mmlu_data, mmlu_shots)
-    reference = None if gold is None else load_reference(gold, lm, dtype, "gold model")
+    shared = None
     if folder is not None:
-        lm = dataclasses.replace(lm, params=load_params(folder, lm.config, dtype))
+        shared = choose_mesh(mesh, len(recipe.candidates), weight_bytes(lm.config, dtype))
+    reference = None if gold is None else load_reference(gold, lm, dtype, "gold model", shared)
+    if folder is not None:
+        lm = dataclasses.replace(lm, params=load_params(folder, lm.config, dtype, shared))
 
     plain = to_plain(recipe)
     of_model, say = model_fingerprint(lm.params), say or say_by_warning

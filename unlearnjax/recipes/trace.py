@@ -4,16 +4,20 @@ import dataclasses
 import datetime
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 import unlearnjax
+from unlearnjax.distributed.mesh import choose_mesh, mesh_of
 from unlearnjax.errors import UserError, check_known
 from unlearnjax.evaluation.journal import Journal, recorded
 from unlearnjax.io.atomic import remove_left_overs, staged_file
 from unlearnjax.io.huggingface import check_dtype, load_params, resolve
 from unlearnjax.io.locks import lock_folder
+from unlearnjax.models.abstract import weight_bytes
 from unlearnjax.models.language_model import LanguageModel
 from unlearnjax.recipes.describe import describe_hardware
 from unlearnjax.recipes.prepare import without_weights
@@ -51,6 +55,7 @@ def run_trace(
     resume: bool = False,
     stop: Stop | None = None,
     say: Callable[[str], None] | None = None,
+    mesh: Mesh | Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Trace a model's facts.
 
@@ -63,6 +68,8 @@ def run_trace(
       most: trace the first so many of the facts that the model knows. Default: all.
       resume: go on with the unfinished trace in `out`: facts that were traced are not traced again.
       say: receives lines about a journal that could not be used or written; default: Python warnings.
+      mesh: the devices that share the work, or their number along each axis (see `unlearnjax.distributed.mesh`), when
+        `model` is a name. A loaded model uses those that it lies on.
 
     Returns:
       What trace.json holds.
@@ -92,8 +99,9 @@ def run_trace(
     _check_left(located, skipped, facts)
 
     if folder is not None:
-        lm = dataclasses.replace(lm, params=load_params(folder, lm.config, dtype))
-    tracer = Tracer(lm, located, settings)
+        mesh = choose_mesh(mesh, 1, weight_bytes(lm.config, dtype))
+        lm = dataclasses.replace(lm, params=load_params(folder, lm.config, dtype, mesh))
+    tracer = Tracer(lm, located, settings, mesh=mesh_of(lm.params))
     fingerprint = {**model_fingerprint(lm.params), "settings": dataclasses.asdict(settings)}
     journal = Journal(out / TRACE.meanwhile, fingerprint, say or say_by_warning)
     journal.folder.mkdir(parents=True, exist_ok=True)

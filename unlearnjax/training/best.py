@@ -13,7 +13,7 @@ from unlearnjax.data.schedule import Step
 from unlearnjax.data.tokens import Store, Tokens
 from unlearnjax.training.hyperparameters import Hyperparameters
 from unlearnjax.training.state import Best, State, choose
-from unlearnjax.training.step import Task, Work, by_variant, loss_of
+from unlearnjax.training.step import Task, Work, by_variant, loss_of, mapped
 
 
 class Batches(NamedTuple):
@@ -67,7 +67,7 @@ class Assessor(NamedTuple):
 
     def compiled(self, task: Task) -> Callable[..., State]:
         """The states with their best, of (params, stores, states, h, epoch [N], due [N]); buffers are donated."""
-        quiet = task._replace(use_dropout=False)
+        quiet = task._replace(use_dropout=False, tokens_at_once=1)  # one candidate at a time on each device
 
         def losses(
             own: Task, params: PyTree[Array], stores: dict[str, Store], stacked: tuple[State, Hyperparameters, Array]
@@ -84,7 +84,7 @@ class Assessor(NamedTuple):
                 rows = {side: jnp.asarray(r) for side, r in self.batches.rows.items()}
                 return jnp.mean(jax.lax.map(batch, rows))
 
-            return jax.lax.map(lambda x: one(*x), stacked)
+            return mapped(own, one, stacked, 1)
 
         def run(params: Any, stores: Any, states: State, h: Any, epoch: Array, due: Array) -> State:
             light = states._replace(moments=(), gradient=(), best=())

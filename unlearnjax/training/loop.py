@@ -12,11 +12,13 @@ from jaxtyping import PyTree
 
 from unlearnjax.data.schedule import Schedule, Step
 from unlearnjax.data.tokens import Store
+from unlearnjax.distributed.mesh import mesh_of
+from unlearnjax.distributed.rules import of_candidates, of_store, of_work, whole
 from unlearnjax.training.best import Assessor
 from unlearnjax.training.hyperparameters import Hyperparameters
 from unlearnjax.training.interrupt import Interrupted, Stop
 from unlearnjax.training.state import State, init_state
-from unlearnjax.training.step import Metrics, Task, Work, by_variant, compiled_step
+from unlearnjax.training.step import Metrics, Task, Work, by_variant, compiled_step, states_shardings
 
 
 class Curve(NamedTuple):
@@ -121,6 +123,7 @@ def train(
     arguments are the same.
 
     Args:
+      params: where they lie on several devices (see `unlearnjax.distributed`), these share the work.
       progress: show a bar with candidate-steps (optimizer updates summed over candidates) per second.
       after_step: called with the number of steps done and the states, which the next step will overwrite.
       assessor: looks at the candidates now and then and keeps the best of each in the states (`Task.keep_best`).
@@ -132,18 +135,28 @@ def train(
       Interrupted: `stop` asked for it.
     """
     n = h.learning_rate.shape[0]
+    mesh = mesh_of(params)
+    task = task._replace(mesh=mesh)
+    if mesh is not None:
+        stores = jax.device_put(stores, of_store(mesh, stores))
+        h = jax.device_put(h, of_candidates(mesh, {}, h))
     if start is None:
         blank = [Curve([], [], {t.name: [] for t in task.objective.terms}, []) for _ in range(n)]
         start = Snapshot(0, fresh_states(task, params, h), blank, [{} for _ in range(n)], [None] * n, Clock())
     else:
         # Arrays of their own: the step takes over its argument's buffers.
-        start = start._replace(states=jax.device_put(start.states, may_alias=False))
+        places = None if mesh is None else states_shardings(task, start.states)
+        start = start._replace(states=jax.device_put(start.states, places, may_alias=False))
     states, curves, pending, diverged = start.states, start.curves, start.pending, start.diverged_at
     run, updates = (
         compiled_step(task),
         sum((s.update.astype(int) for s in schedule.steps[: start.step]), np.zeros(n, int)),
     )
     assess = None if assessor is None else assessor.compiled(task)
+    # Copies: the next step takes over the states' own buffers.
+    copied = jax.jit(
+        lambda alive, updates: (alive | False, updates + 0), out_shardings=None if mesh is None else whole(mesh)
+    )
     waiting: list[tuple[Step, Metrics, Any, Any]] = []
     steps = schedule.steps
     bar = _bar(int(schedule.updates.sum()), label, progress, sum(int(s.update.sum()) for s in steps[: start.step]))
@@ -179,9 +192,10 @@ def train(
                 jax.block_until_ready(states)
             started = time.perf_counter()
             work = work_of(step)
+            if mesh is not None:
+                work = jax.device_put(work, of_work(mesh, work))
             states, metrics = run(params, stores, states, work, h, step.width, step.answers)
-            # Copies: the next step takes over the states' own buffers.
-            waiting.append((step, metrics, states.alive + False, states.updates + 0))
+            waiting.append((step, metrics, *copied(states.alive, states.updates)))
             collect(keep=4)
             if first:
                 jax.block_until_ready(states)
@@ -213,7 +227,10 @@ def fresh_states(task: Task, params: PyTree, h: Hyperparameters) -> State:
     def every(params: PyTree, h: Hyperparameters) -> State:
         init = lambda own, c: init_state(own.adapter, params, c, memory, task.keep_best)  # noqa: E731
         one = lambda own, h: jax.vmap(lambda c: init(own, c))(h)  # noqa: E731
-        return by_variant(task, one, h)
+        states: State = by_variant(task, one, h)
+        if task.mesh is None:
+            return states
+        return jax.lax.with_sharding_constraint(states, states_shardings(task, states))
 
     return jax.jit(every)(params, h)
 

@@ -7,12 +7,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from unlearnjax.adapters.protocol import Adapter
 from unlearnjax.data.tokens import Store, gather
+from unlearnjax.distributed.mesh import CANDIDATE
+from unlearnjax.distributed.rules import along_rows, gathered, of_candidates, whole
 from unlearnjax.models.layers import pick
-from unlearnjax.models.protocol import Dropout, Model
+from unlearnjax.models.protocol import Dropout, Model, Spread
 from unlearnjax.objectives.objective import Memory, Objective, evaluate, score, unscored
 from unlearnjax.training.hyperparameters import Hyperparameters
 from unlearnjax.training.state import State, apply_update, choose
@@ -23,6 +26,7 @@ class Task(NamedTuple):
 
     `variants`: adapters that candidates have in place of `adapter`, each with their places among the N, all N in one of
     them. Their trainable trees have the same shapes: other layers, as many.
+    `mesh`: the devices that share the work, where there are several.
     """
 
     model: Model
@@ -32,6 +36,7 @@ class Task(NamedTuple):
     tokens_at_once: int | None = None  # see `together`
     variants: tuple[tuple[Adapter, tuple[int, ...]], ...] = ()
     keep_best: bool = False  # see `unlearnjax.training.best`
+    mesh: Mesh | None = None
 
 
 class Work(NamedTuple):
@@ -61,16 +66,19 @@ def loss_of(
     """The forward pass over both sides' rows at once, the token scores at the answers, the weighted terms."""
     sides = task.objective.sides
     variables = task.adapter.apply(params, trainable, h)
-    gathered = {s: gather(stores[s], work.rows[s], work.micro, width, answers) for s in sides}
-    tokens = jnp.concatenate([gathered[s][0] for s in sides], axis=0)
-    at = jnp.concatenate([gathered[s][1] for s in sides], axis=0)
+    taken = {s: gather(stores[s], work.rows[s], work.micro, width, answers) for s in sides}
+    tokens = along_rows(task.mesh, jnp.concatenate([taken[s][0] for s in sides], axis=0))
+    at = jnp.concatenate([taken[s][1] for s in sides], axis=0)
     dropout = None
     if task.use_dropout:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(1), h.init_seed), state.micro_steps)
         dropout = Dropout(key, h.dropout)
     everywhere = {s for s in sides if "every" in task.objective.reads(s)}
     # Right padding needs no mask: what is real never looks to its right.
-    forward = functools.partial(task.model.forward, variables.params, variables.lora, dropout=dropout)
+    spread = Spread()
+    if task.mesh is not None:
+        spread = Spread(functools.partial(along_rows, task.mesh), functools.partial(gathered, task.mesh))
+    forward = functools.partial(task.model.forward, variables.params, variables.lora, dropout=dropout, spread=spread)
     split = lambda x: jnp.split(x, len(sides), axis=0)  # noqa: E731
     middles: Sequence[Array | None] = [None] * len(sides)
     last = task.model.config.layers
@@ -80,7 +88,7 @@ def loss_of(
         entering, layers = forward(tokens, layers=(0, layer)).hidden, (layer, last)
         middles = split(entering)
     if task.objective.shallow:
-        scores = {s: unscored(gathered[s][2], middle) for s, middle in zip(sides, middles, strict=True)}
+        scores = {s: unscored(taken[s][2], middle) for s, middle in zip(sides, middles, strict=True)}
     else:
         hidden = forward(entering, layers=layers, at=None if everywhere else at).hidden
         parts, wholes = split(pick(hidden, at) if everywhere else hidden), split(hidden)
@@ -89,10 +97,10 @@ def loss_of(
         for side, part, whole, middle in zip(sides, parts, wholes, middles, strict=True):
             every = whole if side in everywhere else None
             reads = task.objective.reads(side)
-            own = score(part, head, gathered[side][2], task.adapter.trains_head, every, reads)
+            own = score(part, head, taken[side][2], task.adapter.trains_head, every, reads)
             scores[side] = own._replace(layer_hidden=middle)
     return evaluate(
-        task.objective, scores, {s: gathered[s][2] for s in sides}, work.micro_weight, h, state.multipliers,
+        task.objective, scores, {s: taken[s][2] for s in sides}, work.micro_weight, h, state.multipliers,
         state.memory, work.epoch,
     )  # fmt: skip
 
@@ -136,6 +144,36 @@ def together(task: Task, candidates: int, tokens: int) -> int:
     return -(-candidates // groups)
 
 
+def apart(mesh: Mesh | None, candidates: int) -> int:
+    """Among how many devices N candidates are divided: all of the mesh's axis, or none where that does not divide N."""
+    size = 1 if mesh is None else mesh.shape[CANDIDATE]
+    return size if candidates % size == 0 else 1
+
+
+def mapped(task: Task, one: Callable[..., PyTree], stacked: tuple[PyTree[Array], ...], tokens: int) -> PyTree[Array]:
+    """`one` of each of a stack of candidates, in groups (`together`) that have as many of every device's candidates."""
+    candidates = jax.tree.leaves(stacked)[0].shape[0]
+    devices = apart(task.mesh, candidates)
+    side_by_side = jax.vmap(one, spmd_axis_name=CANDIDATE if devices > 1 else None)
+    own = candidates // devices
+    group = together(task, own, tokens)
+    if group == own:
+        return side_by_side(*stacked)
+    if devices == 1:
+        return jax.lax.map(lambda x: one(*x), stacked, batch_size=group if group > 1 else None)
+    group = max(d for d in range(1, group + 1) if own % d == 0)
+
+    def grouped(x: Array) -> Array:
+        x = x.reshape(devices, own // group, group, *x.shape[1:])
+        return jnp.swapaxes(x, 0, 1).reshape(own // group, devices * group, *x.shape[3:])
+
+    def back(x: Array) -> Array:
+        x = x.reshape(own // group, devices, group, *x.shape[2:])
+        return jnp.swapaxes(x, 0, 1).reshape(candidates, *x.shape[3:])
+
+    return jax.tree.map(back, jax.lax.map(lambda x: side_by_side(*x), jax.tree.map(grouped, stacked)))
+
+
 def by_variant(task: Task, run: Callable[[Task, PyTree], PyTree], stacked: PyTree[Array]) -> PyTree[Array]:
     """`run` of a stack of candidates, for each variant's candidates apart where the task has variants."""
     if not task.variants:
@@ -162,11 +200,7 @@ def step(
 
     def gradients(own: Task, stacked: tuple[State, Work, Hyperparameters]) -> tuple[State, Metrics]:
         one = lambda s, w, c: accumulate(own, params, stores, s, w, c, width, answers)  # noqa: E731
-        candidates = stacked[1].update.shape[0]
-        group = together(own, candidates, tokens)
-        if group == candidates:
-            return jax.vmap(one)(*stacked)
-        return jax.lax.map(lambda x: one(*x), stacked, batch_size=group)
+        return mapped(own, one, stacked, tokens)
 
     # What a gradient leaves as it is goes around the groups: they would copy it.
     after, metrics = by_variant(task, gradients, (states._replace(moments=(), best=()), work, h))
@@ -182,10 +216,20 @@ def step(
     return states, metrics._replace(gradient_norm=norms)
 
 
+def states_shardings(task: Task, states: State) -> PyTree:
+    """Where stacked states (or their shapes) lie on the task's mesh."""
+    assert task.mesh is not None
+    return of_candidates(task.mesh, task.model.abstract(jnp.float32), states)
+
+
 def compiled_step(task: Task) -> Any:
     """`step` jitted for a task: (params, stores, states, work, h, width, answers); the states' buffers are donated."""
 
     def run(params: Any, stores: Any, states: Any, work: Any, h: Any, width: int, answers: int) -> Any:
-        return step(task, params, stores, states, work, h, width, answers)
+        states, metrics = step(task, params, stores, states, work, h, width, answers)
+        if task.mesh is None:
+            return states, metrics
+        constrain = jax.lax.with_sharding_constraint
+        return constrain(states, states_shardings(task, states)), constrain(metrics, whole(task.mesh))
 
     return jax.jit(run, static_argnums=(5, 6), donate_argnums=(2,))

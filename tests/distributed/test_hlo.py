@@ -1,0 +1,100 @@
+"""Counting in a program's text: loops as often as they run, against closed forms."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from unlearnjax.distributed.hlo import costs, group_size, parse, sent_bytes
+from unlearnjax.distributed.mesh import make_mesh
+
+LAYERS, ROWS, WIDTH = 6, 16, 32
+SPELLINGS = {
+    "replica_groups={{0,1,2,3},{4,5,6,7}}": 4,
+    "replica_groups=[2,4]<=[8]": 4,
+    "replica_groups=[4,2]<=[2,4]T(1,0)": 2,
+    "replica_groups=mesh['a'=2,'b'=4] {'b'}": 4,
+    "replica_groups=mesh['a'=2,'b'=4] {'a','b'}": 8,
+    "replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'b'}, dimensions={1}": 4,
+    "replica_groups=mesh['a'=8] {'a':(2)2}": 2,
+    "replica_groups={}, dimensions={0}": 16,
+    "": 16,
+}  # fmt: skip
+
+
+def text_of(fn, *shapes):
+    return jax.jit(fn).lower(*shapes).compile().as_text()
+
+
+def layers(weights, x):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
+
+
+def shape(*size, place=None):
+    return jax.ShapeDtypeStruct(size, jnp.float32, sharding=place)
+
+
+def test_a_loops_body_counts_as_often_as_it_runs():
+    found = costs(text_of(layers, shape(LAYERS, WIDTH, WIDTH), shape(ROWS, WIDTH)))
+    assert found.flops == 2 * LAYERS * ROWS * WIDTH * WIDTH
+    assert found.unknown == 0 and found.collectives == {}
+    weights = LAYERS * WIDTH * WIDTH * 4
+    assert weights < found.bytes < LAYERS * weights  # each turn reads its own layer of the stack
+
+
+def test_loops_in_loops_multiply():
+    def twice(weights, x):
+        return jax.lax.fori_loop(0, 3, lambda _, y: layers(weights, y), x)
+
+    found = costs(text_of(twice, shape(LAYERS, WIDTH, WIDTH), shape(ROWS, WIDTH)))
+    assert found.flops == 3 * 2 * LAYERS * ROWS * WIDTH * WIDTH
+
+
+def test_a_loop_of_unknown_length_is_told_and_counts_once():
+    def until(weights, x):
+        return jax.lax.while_loop(lambda y: jnp.sum(y) > 1.0, lambda y: layers(weights, y), x)
+
+    found = costs(text_of(until, shape(LAYERS, WIDTH, WIDTH), shape(ROWS, WIDTH)))
+    assert found.unknown == 1
+    assert found.flops == 2 * LAYERS * ROWS * WIDTH * WIDTH
+
+
+def test_one_devices_share_and_what_it_sends():
+    mesh = make_mesh({"candidate": 2, "fsdp": 4})
+    weights = shape(LAYERS, WIDTH, WIDTH, place=NamedSharding(mesh, P(None, None, "fsdp")))
+    rows = NamedSharding(mesh, P(("candidate", "fsdp")))
+
+    def run(w, x):
+        def body(x, w):
+            return jax.lax.with_sharding_constraint(jnp.tanh(x @ w), rows), None
+
+        return jax.lax.scan(body, x, w)[0]
+
+    found = costs(text_of(run, weights, shape(ROWS, WIDTH, place=rows)))
+    assert found.flops == 2 * LAYERS * ROWS * WIDTH * WIDTH / 8
+    gathers = found.collectives["all-gather"]
+    assert gathers.times == LAYERS
+    assert gathers.bytes == LAYERS * WIDTH * WIDTH * 4 * 3 / 4
+
+
+@pytest.mark.parametrize(("text", "size"), SPELLINGS.items())
+def test_groups_in_every_spelling(text, size):
+    assert group_size(text, 16) == size
+
+
+def test_groups_in_a_spelling_that_is_not_known_are_no_group_of_one():
+    with pytest.raises(ValueError, match="spelling"):
+        group_size("replica_groups=new")
+
+
+def test_bytes_on_a_ring():
+    assert sent_bytes("all-gather", 800, 8) == 700
+    assert sent_bytes("all-reduce", 800, 8) == 1400
+    assert sent_bytes("collective-permute", 800, 8) == 800
+    assert sent_bytes("all-gather", 800, 1) == 0
+
+
+def test_other_text_is_refused():
+    with pytest.raises(ValueError, match="not the text of an HLO module"):
+        parse("nothing")

@@ -1,0 +1,98 @@
+"""Plans: compiled for TPUs that are not here, counted against the closed form, and what the command says."""
+
+import json
+
+import pytest
+
+from tests.kernels.base import v5e
+from unlearnjax.cli.main import main
+from unlearnjax.distributed.estimate import estimate, meshes, step_flops
+from unlearnjax.distributed.mesh import make_mesh
+from unlearnjax.distributed.plan import compile_program, make_plan, plan_as_plain, render
+from unlearnjax.distributed.programs import Workload, training_step
+from unlearnjax.distributed.topology import CHIPS, parse_topology
+from unlearnjax.models.abstract import weight_bytes
+from unlearnjax.models.config import ModelConfig, replace
+from unlearnjax.models.config_json import config_to_hf
+
+SMALL = ModelConfig(
+    "olmo", 1024, 256, 768, 12, 8, 8, 32, "layer", max_positions=512, eos_token_ids=(0,), pad_token_id=1
+)
+OLMO_7B = replace(
+    SMALL, vocab_size=50304, hidden_size=4096, intermediate_size=11008, layers=32, heads=32, kv_heads=32, head_dim=128
+)  # fmt: skip
+EIGHT = parse_topology("v5e-8")
+
+
+@pytest.fixture(autouse=True)
+def _compiler():
+    v5e()
+
+
+def test_a_plan_counts_what_the_closed_form_counts_and_fits():
+    work = Workload(16, rank=8, set_tokens=4096)
+    found = make_plan(SMALL, EIGHT, work, {"candidate": 2, "fsdp": 4}, whole=False)
+    own = found.best.training
+    assert own.fits and own.costs.unknown == 0
+    assert own.costs.flops == pytest.approx(step_flops(SMALL, work) / 8, rel=0.01)
+    assert sum(own.held.values()) + own.temporary == own.total
+    assert own.held["base weights"] == weight_bytes(SMALL, "bfloat16") / 4
+    assert own.held["optimizer"] == pytest.approx(2 * own.held["adapters"], rel=1e-3)
+    # The base is gathered once in each pass over the layers, forward, again and backward, and not more often.
+    base = 12 * (4 * 256 * 256 + 3 * 256 * 768) * 2
+    assert own.costs.collectives["all-gather"].bytes < 2 * 3 * base * 3 / 4
+    text = render(plan_as_plain(found))
+    assert "best: --mesh candidate=2,fsdp=4" in text and "training step: fits" in text
+
+
+def test_what_does_not_fit_is_said_with_what_it_would_take():
+    wide = replace(OLMO_7B, layers=12)
+    program = training_step(wide, make_mesh({"candidate": 8}, v5e()), Workload(64, rank=64, micro_batch=8))
+    own = compile_program(program, EIGHT.chip)
+    assert not own.fits and own.total > own.available > 15 * 2**30 and own.costs is None
+
+
+def test_meshes_that_cannot_fit_come_last_and_waste_comes_late():
+    chip = CHIPS["v5e"]
+    ordered = meshes(OLMO_7B, Workload(16), 8, chip)
+    first, last = (estimate(OLMO_7B, Workload(16), sizes, chip) for sizes in (ordered[0], ordered[-1]))
+    assert first.held < 0.9 * chip.memory < last.held
+    assert first.idle == 1 and ordered[0]["fsdp"] * ordered[0]["tensor"] > 1
+    for sizes in ordered:
+        assert sizes["candidate"] * sizes["data"] * sizes["fsdp"] * sizes["tensor"] == 8
+
+
+def test_the_command_needs_no_more_than_a_configuration(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(config_to_hf(SMALL)))
+    out = tmp_path / "plan.json"
+    command = ["plan", "--model", str(tmp_path), "--candidates", "4", "--rank", "8", "--length", "128", "--quiet"]
+    assert main([*command, "--topology", "v5e-4", "--mesh", "candidate=4", "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "generation step: fits" in said and "ties of one linear: fits" in said
+    found = json.loads(out.read_text())
+    assert found["best"] == "candidate=4" and found["tried"][0]["gib"]["base weights"] > 0
+    assert main([*command, "--topology", "h100-8"]) == 0
+    assert "GPUs by analysis" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--topology", "v5e-9"], "no such slice"), (["--topology", "v5e-8", "--candidates", "0"], "at least 1"),
+        (["--topology", "v5e-8", "--mesh", "candidate=3"], "there are 8"),
+        (["--topology", "v5e-8", "--length", "999"], "context holds 512"),
+        (["--topology", "v5e-8", "--objective", "sugd"], "forget and retain rows alone"),
+    ],
+)  # fmt: skip
+def test_bad_input(tmp_path, capsys, arguments, words):
+    (tmp_path / "config.json").write_text(json.dumps(config_to_hf(SMALL)))
+    assert main(["plan", "--model", str(tmp_path), "--quiet", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_sixteen_candidates_of_olmo_7b_fit_eight_chips():
+    found = make_plan(OLMO_7B, EIGHT, Workload(16), {"candidate": 2, "fsdp": 4}, whole=False)
+    own = found.best.training
+    assert own.fits and own.total < 12 * 2**30
+    assert own.costs.flops == pytest.approx(step_flops(OLMO_7B, Workload(16)) / 8, rel=0.01)

@@ -1,0 +1,118 @@
+"""The mesh: which devices share what. Candidates, rows of a batch, and the base weights in two ways."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+from jaxtyping import PyTree
+
+from unlearnjax.errors import UserError, check_known
+
+CANDIDATE, DATA, FSDP, TENSOR = "candidate", "data", "fsdp", "tensor"
+AXES = {
+    CANDIDATE: "candidates lie apart: adapters, optimizers and their rows; nothing is exchanged in training",
+    DATA: "rows of a batch lie apart; the base weights are whole on each",
+    FSDP: "rows lie apart and so do the base weights, which are gathered layer by layer",
+    TENSOR: "each linear's heads or wide axis lies apart; activations are summed",
+}
+
+
+WEIGHTS_SHARE = 0.4  # of a device's memory, at most, by default; adapters, optimizers and activations want the rest
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """`candidate=4,fsdp=2` to sizes by axis; axes that are not named have one device.
+
+    Raises:
+      UserError: an unknown axis, one given twice, or a size that is not a whole number above 0.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, equals, value = (x.strip() for x in part.partition("="))
+        check_known([name], AXES, "axis", "--mesh")
+        if name in sizes:
+            raise UserError(f"--mesh: axis {name} is given twice")
+        if not equals or not value.isdecimal() or int(value) < 1:
+            raise UserError(f"--mesh: {name} must be a whole number above 0, as in candidate=4,fsdp=2, not {value!r}")
+        sizes[name] = int(value)
+    return sizes
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of all axes in their order, those not in `sizes` with one device.
+
+    Neighbours in the list of devices, whose links are the fastest, are neighbours along `tensor`, then along `fsdp`.
+
+    Args:
+      devices: default: all of this job's, laid out by JAX as suits their links.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    shape = tuple(sizes.get(axis, 1) for axis in AXES)
+    wanted, found = math.prod(shape), jax.device_count() if devices is None else len(devices)
+    if wanted != found:
+        text = ",".join(f"{axis}={size}" for axis, size in sizes.items())
+        raise UserError(
+            f"--mesh {text}: is for {wanted} device{'s' * (wanted > 1)}, and there "
+            f"{'is' if found == 1 else 'are'} {found}; the sizes must multiply to that"
+        )
+    types = (AxisType.Auto,) * len(shape)
+    if devices is None:
+        return jax.make_mesh(shape, tuple(AXES), axis_types=types)
+    return Mesh(np.asarray(devices).reshape(shape), tuple(AXES), axis_types=types)
+
+
+def default_sizes(devices: int, candidates: int, weight_bytes: int, memory_bytes: int | None) -> dict[str, int]:
+    """Sizes for so many devices: base weights cut no finer than they must be, then candidates apart, then rows.
+
+    Args:
+      weight_bytes: of the base. memory_bytes: of a device, of which the base may take WEIGHTS_SHARE; None: unknown, and
+        the weights stay whole.
+    """
+    fits = memory_bytes is None
+    fsdp = 1
+    while not fits:
+        fits = weight_bytes / fsdp <= WEIGHTS_SHARE * (memory_bytes or 0) or fsdp == devices
+        fsdp = fsdp if fits else next(d for d in range(fsdp + 1, devices + 1) if devices % d == 0)
+    rest = devices // fsdp
+    apart = math.gcd(rest, candidates)
+    return {CANDIDATE: apart, DATA: rest // apart, FSDP: fsdp}
+
+
+def choose_mesh(sizes: Mapping[str, int] | Mesh | None, candidates: int, weight_bytes: int) -> Mesh | None:
+    """The mesh of a job, or None where it runs on one device.
+
+    Args:
+      sizes: by axis; a mesh, which is taken as it is; or None for `default_sizes` of all devices, but one device where
+        they are a single process's CPU devices: these share the same cores.
+
+    Raises:
+      UserError: see `make_mesh`.
+    """
+    if isinstance(sizes, Mesh):
+        return sizes if sizes.size > 1 else None
+    if sizes is None:
+        if jax.default_backend() == "cpu" and jax.process_count() == 1:
+            return None
+        memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+        sizes = default_sizes(jax.device_count(), candidates, weight_bytes, memory)
+    mesh = make_mesh(sizes)
+    return mesh if mesh.size > 1 else None
+
+
+def describe_mesh(mesh: Mesh) -> str:
+    """As `--mesh` takes it, without the axes of one device: `candidate=4,fsdp=2`; `one device`."""
+    return ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+
+
+def mesh_of(tree: PyTree[Any]) -> Mesh | None:
+    """The mesh that a tree's arrays lie on: of the first that lies on one of several devices; None: there is none."""
+    for leaf in jax.tree.leaves(tree):
+        mesh = getattr(getattr(leaf, "sharding", None), "mesh", None)
+        if isinstance(mesh, Mesh) and mesh.size > 1:
+            return mesh
+    return None

@@ -1,0 +1,283 @@
+"""A plan before you pay: the programs of a job compiled for a machine that is not there, and what they take."""
+
+import re
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from unlearnjax.distributed.estimate import estimate, meshes
+from unlearnjax.distributed.hlo import Costs, costs
+from unlearnjax.distributed.mesh import AXES, make_mesh
+from unlearnjax.distributed.programs import (
+    Program,
+    Workload,
+    bytes_on_a_device,
+    generation_step,
+    merge_step,
+    training_step,
+)
+from unlearnjax.distributed.topology import Chip, Topology, tpu_devices
+from unlearnjax.models.config import ModelConfig
+
+TRIED = 3  # meshes that are compiled where none is asked for
+_TOO_LARGE = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class Compiled(NamedTuple):
+    """One program on one mesh. Bytes are of one device.
+
+    held: arguments by kind, what tiles pad them with, results that take no argument's place, the program's code.
+    temporary: what it needs beside them; where it does not fit, what it would.
+    total: at its largest. available: what a program may have. costs: None where it does not fit.
+    """
+
+    name: str
+    fits: bool
+    held: dict[str, int]
+    temporary: int
+    total: int
+    available: int
+    costs: Costs | None
+    compile_seconds: float
+
+    def seconds(self, chip: Chip) -> dict[str, float]:
+        """What each of the chip's limits alone allows: no step takes less than the largest."""
+        if self.costs is None:
+            return {}
+        return {
+            "products": self.costs.flops / chip.flops,
+            "memory": self.costs.bytes / chip.bandwidth,
+            "links": self.costs.sent / chip.link,
+        }
+
+    def bound(self, chip: Chip) -> tuple[str, float]:
+        """The limit that takes longest, and how long."""
+        own = self.seconds(chip)
+        name = max(own, key=own.__getitem__)
+        return name, own[name]
+
+
+def _text(folder: Path, pattern: str) -> str | None:
+    found = sorted(folder.glob(pattern))
+    return found[-1].read_text(encoding="utf-8", errors="replace") if found else None
+
+
+def compile_program(program: Program, chip: Chip) -> Compiled:
+    """Compile a program for the devices of its arguments' shardings.
+
+    Raises:
+      JaxRuntimeError: it does not compile, for another reason than its memory.
+    """
+    held = {kind: bytes_on_a_device(tree) for kind, tree in program.held.items()}
+    began = time.perf_counter()
+    kept = jax.config.values["jax_enable_compilation_cache"]
+    # A program for devices that are not there can be kept, but not read back.
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            options = {
+                "xla_dump_to": name, "xla_dump_hlo_as_text": True, "xla_dump_hlo_pass_re": ".*partitioner.*"
+            }  # fmt: skip
+            try:
+                compiled = program.lower().compile(compiler_options=options)
+            except jax.errors.JaxRuntimeError as error:
+                large = _TOO_LARGE.search(str(error))
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                needed, available = 0, int(chip.memory)
+                if large:
+                    needed = int(float(large[1]) * _UNITS[large[2]])
+                    available = int(float(large[3]) * _UNITS[large[4]])
+                seconds = time.perf_counter() - began
+                return Compiled(program.name, False, held, needed, needed, available, None, seconds)
+            optimized = _text(Path(name), "*.after_optimizations.txt") or compiled.as_text()
+            partitioned = _text(Path(name), "*.after_*before_pipeline-end.txt")
+    finally:
+        jax.config.update("jax_enable_compilation_cache", kept)
+    memory = compiled.memory_analysis()
+    held["padding"] = memory.argument_size_in_bytes - sum(held.values())
+    held["results"] = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    held["code"] = memory.generated_code_size_in_bytes
+    total = sum(held.values()) + memory.temp_size_in_bytes
+    own = costs(optimized, partitioned)
+    seconds = time.perf_counter() - began
+    return Compiled(
+        program.name, True, held, memory.temp_size_in_bytes, total, int(chip.memory), own, seconds
+    )  # fmt: skip
+
+
+class Tried(NamedTuple):
+    """A mesh and what its training step takes."""
+
+    sizes: dict[str, int]
+    training: Compiled
+
+
+class Plan(NamedTuple):
+    """The meshes that were compiled, the best of them (None: none fits), and its other programs."""
+
+    topology: Topology
+    workload: Workload
+    tried: list[Tried]
+    best: Tried | None
+    others: list[Compiled]
+
+
+def make_plan(
+    config: ModelConfig,
+    topology: Topology,
+    workload: Workload,
+    sizes: Mapping[str, int] | None = None,
+    *,
+    tries: int = TRIED,
+    whole: bool = True,
+    say: Callable[[str], None] = lambda _: None,
+) -> Plan:
+    """Compile a job's programs for a TPU slice.
+
+    Args:
+      sizes: of the mesh; None: the `tries` that an estimate calls fastest are compiled, and the fastest that fits is
+        taken.
+      whole: the generation step and a merge too, not the training step alone.
+      say: told what is being compiled.
+
+    Raises:
+      UserError: no compiler for TPUs, or the mesh is not of the topology's devices.
+    """
+    devices = tpu_devices(topology)
+    wanted = [dict(sizes)] if sizes is not None else meshes(config, workload, topology.devices, topology.chip)[:tries]
+    tried = []
+    for own in wanted:
+        mesh = make_mesh(own, devices)
+        say(f"compiling the training step for {topology.name}, mesh {written(own)}")
+        tried.append(Tried(own, compile_program(training_step(config, mesh, workload), topology.chip)))
+    fitting = [t for t in tried if t.training.fits]
+    best = min(fitting, key=lambda t: t.training.bound(topology.chip)[1], default=None)
+    others = []
+    if best is not None and whole:
+        mesh = make_mesh(best.sizes, devices)
+        say("compiling the generation step and a merge")
+        others = [
+            compile_program(generation_step(config, mesh, workload), topology.chip),
+            compile_program(merge_step(config, mesh, workload, "ties", {"density": 0.2}), topology.chip),
+        ]
+    return Plan(topology, workload, tried, best, others)
+
+
+def written(sizes: Mapping[str, int]) -> str:
+    """As --mesh takes it."""
+    return ",".join(f"{axis}={sizes[axis]}" for axis in AXES if sizes.get(axis, 1) > 1) or "candidate=1"
+
+
+def _gib(size: float) -> float:
+    return round(size / 2**30, 2)
+
+
+def as_plain(found: Compiled, chip: Chip) -> dict[str, Any]:
+    """For JSON."""
+    out: dict[str, Any] = {
+        "program": found.name,
+        "fits": found.fits,
+        "gib": {
+            **{kind: _gib(size) for kind, size in found.held.items()},
+            "temporaries": _gib(found.temporary),
+            "total": _gib(found.total),
+            "available": _gib(found.available),
+        },
+        "compile_seconds": round(found.compile_seconds, 1),
+    }
+    if found.costs is not None:
+        c = found.costs
+        out |= {
+            "flops": float(f"{c.flops:.4g}"),
+            "bytes": float(f"{c.bytes:.4g}"),
+            "collectives": {
+                kind: {"times": own.times, "bytes_sent": float(f"{own.bytes:.4g}")}
+                for kind, own in c.collectives.items()
+            },
+            "seconds": {k: float(f"{v:.3g}") for k, v in found.seconds(chip).items()},
+            "bound": found.bound(chip)[0],
+        }
+        if c.unknown:
+            out["loops_of_unknown_length"] = c.unknown
+    return out
+
+
+def plan_as_plain(found: Plan) -> dict[str, Any]:
+    """For JSON."""
+    chip = found.topology.chip
+    return {
+        "topology": found.topology.name,
+        "devices": found.topology.devices,
+        "workload": found.workload._asdict(),
+        "tried": [{"mesh": written(t.sizes), **as_plain(t.training, chip)} for t in found.tried],
+        "best": None if found.best is None else written(found.best.sizes),
+        "others": [as_plain(own, chip) for own in found.others],
+    }
+
+
+def by_analysis(
+    config: ModelConfig, topology: Topology, w: Workload, sizes: Mapping[str, int] | None
+) -> dict[str, Any]:
+    """For GPUs, which nothing here compiles for: the closed forms of `estimate` of the mesh that they call best."""
+    chip = topology.chip
+    if sizes is None:
+        sizes = meshes(config, w, topology.devices, chip)[0]
+    own = estimate(config, w, sizes, chip)
+    return {
+        "topology": topology.name, "devices": topology.devices, "workload": w._asdict(), "best": written(sizes),
+        "fits": own.held <= 0.9 * chip.memory, "gib": {"total": _gib(own.held), "available": _gib(chip.memory)},
+        "flops": float(f"{own.flops:.4g}"), "sent": float(f"{own.sent:.4g}"),
+        "seconds": {"products": float(f"{own.flops / chip.flops:.3g}"), "links": float(f"{own.sent / chip.link:.3g}")},
+        "by": "closed form",
+    }  # fmt: skip
+
+
+def render(plain: Mapping[str, Any]) -> str:
+    """The plan as text."""
+    lines = [f"{plain['topology']}: {plain['devices']} devices, {plain['workload']['candidates']} candidates"]
+    if plain.get("by"):
+        lines += _rendered_estimate(plain)
+        return "\n".join(lines)
+    for own in plain["tried"]:
+        lines += [f"\nmesh {own['mesh']}", *_rendered(own)]
+    if plain["best"] is None:
+        lines.append("\nnone of these fits: more devices, fewer candidates, or --tokens-at-once")
+    else:
+        lines.append(f"\nbest: --mesh {plain['best']}")
+        for own in plain["others"]:
+            lines += _rendered(own)
+    return "\n".join(lines)
+
+
+def _rendered_estimate(plain: Mapping[str, Any]) -> list[str]:
+    word = "should fit" if plain["fits"] else "should not fit"
+    return [
+        "GPUs by analysis: closed forms, nothing was compiled",
+        f"  {word}: about {plain['gib']['total']} of {plain['gib']['available']} GiB",
+        f"  step: {plain['flops']:.3g} FLOPs, {plain['sent']:.3g} bytes sent; at least "
+        f"{1000 * max(plain['seconds'].values()):.3g} ms",
+        f"best: --mesh {plain['best']}",
+    ]
+
+
+def _rendered(own: Mapping[str, Any]) -> list[str]:
+    gib = own["gib"]
+    parts = ", ".join(f"{kind} {size}" for kind, size in gib.items() if kind not in ("total", "available"))
+    lines = [
+        f"  {own['program']}: {'fits' if own['fits'] else 'does not fit'}, {gib['total']} of {gib['available']} GiB a "
+        f"device ({parts})"
+    ]
+    if "flops" in own:
+        sent = ", ".join(f"{c['times']:g} {kind} {c['bytes_sent']:.3g} B" for kind, c in own["collectives"].items())
+        limits = ", ".join(f"{kind} {1000 * s:.3g}" for kind, s in own["seconds"].items())
+        lines.append(f"    {own['flops']:.3g} FLOPs, {own['bytes']:.3g} B of memory moved; sent: {sent or 'nothing'}")
+        lines.append(
+            f"    at least {1000 * max(own['seconds'].values()):.3g} ms, bound by {own['bound']} (ms: {limits})"
+        )
+    return lines
