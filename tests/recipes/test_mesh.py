@@ -1,11 +1,13 @@
 """A whole run on a mesh gives what it gives on one device: losses, adapters, merges, scores, and the written model."""
 
 import csv
+import json
 
 import jax
 import numpy as np
 import pytest
 
+from unlearnjax.cli.main import main
 from unlearnjax.distributed.mesh import make_mesh, mesh_of, parse_mesh
 from unlearnjax.io.huggingface import load_params
 from unlearnjax.io.safetensors import open_folder
@@ -92,3 +94,15 @@ def test_a_trace_on_a_mesh_is_the_trace_on_one_device(world, tmp_path):
     assert one["counts"]["traced"] > 0
     np.testing.assert_allclose(numbers(other["effects"]), numbers(one["effects"]), rtol=1e-4, atol=1e-5)
     assert other["recommended"]["layers"] == one["recommended"]["layers"]
+
+
+def test_the_command_takes_a_mesh(world, tmp_path, capsys):
+    base, _, sources = world
+    command = [
+        "evaluate", "--model", base.source, "--forget", sources.forget, "--retain", sources.retain, "--quiet",
+        "--max-new-tokens", "8", "--out", str(tmp_path / "out"),
+    ]  # fmt: skip
+    assert main([*command, "--mesh", "fsdp=3"]) == 2
+    assert "is for 3 devices, and there are 8" in capsys.readouterr().err
+    assert main([*command, "--mesh", "data=4,fsdp=2"]) == 0
+    assert json.loads(capsys.readouterr().out)["task_aggregate"] is not None

@@ -21,8 +21,9 @@ def _sources(a: argparse.Namespace) -> "Sources":
 
 def mesh_of(a: argparse.Namespace) -> dict[str, int] | None:
     """What --mesh says: sizes by axis."""
+    from unlearnjax.distributed.mesh import parse_mesh
 
-    return None if a.mesh is None else parsemesh_of(a.mesh)
+    return None if a.mesh is None else parse_mesh(a.mesh)
 
 
 def say(message: str) -> None:
