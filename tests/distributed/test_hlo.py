@@ -88,6 +88,24 @@ def test_groups_in_a_spelling_that_is_not_known_are_no_group_of_one():
         group_size("replica_groups=new")
 
 
+COLLECTIVES = """HloModule m, num_partitions=8
+
+ENTRY %main (p: f32[1000], q: f32[1000]) -> f32[8000] {
+  %p = f32[1000]{0} parameter(0)
+  %q = f32[1000]{0} parameter(1)
+  %both = (f32[1000]{0}, f32[1000]{0}) all-reduce(%p, %q), channel_id=1, replica_groups=[1,8]<=[8], to_apply=%add
+  %begun = (f32[1000]{0}, f32[8000]{0}) all-gather-start(%p), channel_id=2, replica_groups=[1,8]<=[8], dimensions={0}
+  ROOT %ended = f32[8000]{0} all-gather-done(%begun)
+}
+"""
+
+
+def test_collectives_of_several_arrays_and_those_that_begin_and_end():
+    found = costs(COLLECTIVES).collectives
+    assert found["all-reduce"].bytes == 2 * 7 / 8 * (4000 + 4000)
+    assert found["all-gather"].bytes == 7 / 8 * 32000 and found["all-gather"].times == 1
+
+
 def test_bytes_on_a_ring():
     assert sent_bytes("all-gather", 800, 8) == 700
     assert sent_bytes("all-reduce", 800, 8) == 1400

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from unlearnjax.distributed.mesh import choose_mesh, default_sizes, describe_mesh, make_mesh, mesh_of, parse_mesh
-from unlearnjax.distributed.rules import of_candidates, of_params, partition
+from unlearnjax.distributed.mesh import choose_mesh, default_sizes, describe_sizes, make_mesh, mesh_of, parse_mesh
+from unlearnjax.distributed.rules import filled, idle, of_candidates, of_params, partition
 from unlearnjax.errors import UserError
 from unlearnjax.models.abstract import abstract_params
 from unlearnjax.models.config import ModelConfig
@@ -16,8 +16,8 @@ CONFIG = ModelConfig("llama", 64, 32, 48, 2, 4, 2, 8, "rms")
 
 def test_sizes_are_read_and_written():
     assert parse_mesh("candidate=2, fsdp=4") == {"candidate": 2, "fsdp": 4}
-    assert describe_mesh(make_mesh({"candidate": 2, "fsdp": 4})) == "candidate=2,fsdp=4"
-    assert describe_mesh(make_mesh({}, jax.devices()[:1])) == "one device"
+    assert describe_sizes(make_mesh({"candidate": 2, "fsdp": 4}).shape) == "candidate=2,fsdp=4"
+    assert parse_mesh(describe_sizes({})) == {"candidate": 1}
 
 
 @pytest.mark.parametrize(
@@ -39,10 +39,29 @@ def test_a_mesh_of_another_number_of_devices_is_refused():
 
 def test_by_default_the_base_is_cut_no_finer_than_it_must_be():
     gib = 2**30
-    assert default_sizes(8, 4, 2 * gib, 16 * gib) == {"candidate": 4, "data": 2, "fsdp": 1}
-    assert default_sizes(8, 4, 14 * gib, 16 * gib) == {"candidate": 2, "data": 1, "fsdp": 4}
-    assert default_sizes(8, 3, 2 * gib, None) == {"candidate": 1, "data": 8, "fsdp": 1}
-    assert default_sizes(4, 8, 999 * gib, 16 * gib) == {"candidate": 1, "data": 1, "fsdp": 4}
+    sizes = lambda *x: tuple(default_sizes(*x).values())  # noqa: E731
+    assert sizes(8, 4, 2 * gib, 16 * gib) == (4, 2, 1, 1)
+    assert sizes(8, 4, 14 * gib, 16 * gib) == (2, 1, 4, 1)
+    assert sizes(8, 3, 2 * gib, None) == (1, 8, 1, 1)
+    assert sizes(8, 3, 2 * gib, None, 4) == (1, 4, 1, 2)  # what rows do not divide among, heads do
+    assert sizes(4, 8, 999 * gib, 16 * gib) == (1, 1, 4, 1)
+
+
+def test_devices_that_would_do_the_same_work_are_named():
+    mesh = make_mesh({"candidate": 2, "data": 4})
+    assert idle(mesh, 4, 8) == []
+    assert "candidate=2 does not divide 3 candidates" in idle(mesh, 3, 8)[0]
+    assert "data=4 does not divide the 6 rows" in idle(mesh, 4, 6)[0]
+
+
+def test_a_stack_is_filled_up_for_the_candidate_axis():
+    mesh = make_mesh({"candidate": 4, "fsdp": 2})
+    params = jax.device_put({"w": jnp.ones(8)}, jax.sharding.NamedSharding(mesh, P("fsdp")))
+    pair = {"a": jnp.ones((5, 2, 3, 8)), "b": jnp.ones((5, 2, 6, 3))}
+    found = filled(params, {"q": pair})["q"]
+    assert found["a"].shape[0] == found["b"].shape[0] == 8 and float(found["a"][5:].sum()) == 0
+    assert found["a"].sharding.spec == P("candidate", None, None, "fsdp")
+    assert filled({"w": jnp.ones(8)}, pair) is pair
 
 
 def test_one_machines_cpu_devices_are_one_device_unless_a_mesh_is_asked_for():

@@ -10,7 +10,7 @@ from unlearnjax.errors import UserError
     ("text", "name", "devices"),
     [
         ("v5e-8", "v5e:2x4", 8), ("v5e:16x16", "v5e:16x16", 256), ("V6E-256", "v6e:16x16", 256),
-        ("v5p-64", "v5p:2x4x4", 32), ("v4:2x2x4", "v4:2x2x4", 16), ("h100-8", "h100-8", 8),
+        ("v5p-64", "v5p:2x4x4", 32), ("v5p:2x2x4", "v5p:2x2x4", 16), ("h100-8", "h100-8", 8),
     ],
 )  # fmt: skip
 def test_names(text, name, devices):
@@ -22,7 +22,8 @@ def test_names(text, name, devices):
     ("text", "words"),
     [
         ("v5x-8", "did you mean 'v5"), ("v5e", "give v5e:4x4"), ("v5e-12", "known: v5e-1, v5e-4"),
-        ("v5p-7", "no such slice"), ("v5e:2x2x2", "torus of 2 axes"), ("h100:2x4", "by their number"),
+        ("v5p-7", "no such slice"), ("v5e:2x2x2", "torus of 2 axes"),
+        ("h100:2x4", "by their number"), ("h100-16", "within one machine"),
     ],
 )  # fmt: skip
 def test_what_is_none(text, words):

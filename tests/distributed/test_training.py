@@ -80,3 +80,15 @@ def test_a_mesh_trains_what_one_device_trains(mesh, alone):
     found = trained(mesh)
     assert len(found.states.updates.sharding.device_set) == 8
     same(found, alone)
+
+
+def test_groups_of_candidates_and_a_number_that_does_not_divide():
+    same(trained("candidate=4,data=2", at_once=1), trained(None))
+    same(trained("candidate=4,fsdp=2", count=6), trained(None, count=6))
+
+
+def test_weights_that_train_whole_lie_like_the_base():
+    found, expected = (trained(mesh, adapter="full", count=2) for mesh in ("candidate=2,fsdp=2,tensor=2", None))
+    same(found, expected)
+    up = found.states.trainable["layers"]["mlp"]["up"]["weight"]
+    assert up.addressable_shards[0].data.size * 8 == up.size

@@ -19,7 +19,7 @@ def _sources(a: argparse.Namespace) -> "Sources":
     return Sources(a.forget, a.retain, a.members, a.nonmembers, a.probe)
 
 
-def mesh_of(a: argparse.Namespace) -> dict[str, int] | None:
+def mesh_sizes(a: argparse.Namespace) -> dict[str, int] | None:
     """What --mesh says: sizes by axis."""
     from unlearnjax.distributed.mesh import parse_mesh
 
@@ -92,7 +92,7 @@ def run(a: argparse.Namespace) -> None:
     report = run(
         a.model, _sources(a), a.out, recipe, gold=a.gold, mmlu_data=a.mmlu_data, mmlu_shots=a.mmlu_shots, dtype=a.dtype,
         command=a.command_line, progress=not a.quiet, resume=a.resume, checkpoint_every=a.checkpoint_every,
-        stop=a.stop, say=say, mesh=mesh_of(a),
+        stop=a.stop, say=say, mesh=mesh_sizes(a),
     )  # fmt: skip
     _show(report, Path(a.out))
 
@@ -141,7 +141,7 @@ def demo(a: argparse.Namespace) -> None:
     recipe = with_suite(load_recipe(a.recipe), a.evaluate)
     report = demo(
         a.out, recipe=recipe, seed=a.seed, command=a.command_line, progress=not a.quiet, resume=a.resume,
-        checkpoint_every=a.checkpoint_every, stop=a.stop, say=say, mesh=mesh_of(a),
+        checkpoint_every=a.checkpoint_every, stop=a.stop, say=say, mesh=mesh_sizes(a),
     )  # fmt: skip
     _show(report, Path(a.out) / "result")
 
@@ -154,7 +154,7 @@ def evaluate(a: argparse.Namespace) -> None:
         a.model, _sources(a), a.out, adapter=a.adapter, mmlu_file=a.mmlu, mmlu_data=a.mmlu_data,
         mmlu_shots=a.mmlu_shots, suite=a.evaluate or "official", original=a.original, gold=a.gold, dtype=a.dtype,
         max_new_tokens=a.max_new_tokens, batch_size=a.batch_size, progress=not a.quiet, warn=_warn, resume=a.resume,
-        stop=a.stop, say=say, mesh=mesh_of(a),
+        stop=a.stop, say=say, mesh=mesh_sizes(a),
     )  # fmt: skip
     print(json.dumps(scores, indent=1))
 

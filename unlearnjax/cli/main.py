@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument(
             "--mesh", metavar="AXES",
             help="how devices share the work: candidate=4,data=1,fsdp=2,tensor=1; axes left out have one device "
-            "(default: by the devices' number and memory)",
+            "(default: of GPUs and TPUs by their number and memory; a CPU is one device)",
         )  # fmt: skip
 
     def mmlu(p: argparse.ArgumentParser) -> None:

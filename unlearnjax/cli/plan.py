@@ -4,13 +4,13 @@ import argparse
 import json
 from pathlib import Path
 
-from unlearnjax.cli.commands import mesh_of, say
+from unlearnjax.cli.commands import mesh_sizes, say
 from unlearnjax.errors import UserError
 
 
 def add_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model", required=True, help="a model folder, which needs no more than config.json, or a hub id")
-    text = "the machine: v5e:16x16, v5e-256 (Google's names: of v5p and v4 they count cores, two to a chip), h100-8"
+    text = "the machine: v5e:16x16, v5e-256 (Google's names: of v5p they count cores, two to a chip), h100-8"
     p.add_argument("--topology", required=True, metavar="T", help=text)
     p.add_argument("--candidates", type=int, default=16, metavar="N", help="default: 16")
     text = "rows of each side in a step, per candidate (default: 4)"
@@ -31,6 +31,7 @@ def plan(a: argparse.Namespace) -> None:
     from unlearnjax.distributed.plan import by_analysis, make_plan, plan_as_plain, render
     from unlearnjax.distributed.programs import Workload
     from unlearnjax.distributed.topology import parse_topology
+    from unlearnjax.io.atomic import staged_file
     from unlearnjax.io.huggingface import check_dtype, load_config, resolve_config
     from unlearnjax.objectives.objective import TERMS, expand
 
@@ -38,10 +39,16 @@ def plan(a: argparse.Namespace) -> None:
     for name in (*counts, *(["tokens_at_once"] if a.tokens_at_once is not None else [])):
         if getattr(a, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(a, name)}")
+    for name in ("length", "set_tokens"):
+        if getattr(a, name) < 2:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 2, not {getattr(a, name)}")
+    if a.out is not None and not Path(a.out).expanduser().resolve().parent.is_dir():
+        raise UserError(f"--out {a.out}: there is no such folder; make it first")
     check_dtype(a.dtype)
     topology = parse_topology(a.topology)
     terms = tuple(expand(a.objective, "--objective"))
-    odd = [name for name in terms if TERMS[name].side not in ("forget", "retain") or TERMS[name].parameters]
+    known = {"forget", "retain", None}
+    odd = [name for name in terms if not {TERMS[name].side, TERMS[name].beside} <= known or TERMS[name].parameters]
     if odd:
         raise UserError(
             f"--objective {a.objective}: plan knows the terms of forget and retain rows alone, not {odd[0]}"
@@ -52,7 +59,7 @@ def plan(a: argparse.Namespace) -> None:
     work = Workload(
         a.candidates, a.micro_batch, a.length, a.rank, terms, a.dtype, a.set_tokens, tokens_at_once=a.tokens_at_once
     )
-    sizes = mesh_of(a)
+    sizes = mesh_sizes(a)
     if topology.chip.tpu:
         progress = (lambda _: None) if a.quiet else say
         found = plan_as_plain(make_plan(config, topology, work, sizes, tries=a.tries, say=progress))
@@ -60,4 +67,5 @@ def plan(a: argparse.Namespace) -> None:
         found = by_analysis(config, topology, work, sizes)
     print(render(found))
     if a.out:
-        Path(a.out).write_text(json.dumps({"model": a.model, **found}, indent=1) + "\n", encoding="utf-8")
+        with staged_file(a.out) as path:
+            path.write_text(json.dumps({"model": a.model, **found}, indent=1) + "\n", encoding="utf-8")

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from unlearnjax.cli.commands import mesh_of, say
+from unlearnjax.cli.commands import mesh_sizes, say
 
 
 def add_options(p: argparse.ArgumentParser) -> None:
@@ -34,7 +34,7 @@ def trace(a: argparse.Namespace) -> None:
     settings = Settings(tuple(a.kinds), a.window, a.noise, a.draws, a.seed)
     report = run_trace(
         a.model, a.facts, a.out, settings, semantics=a.semantics, by=a.by, width=a.width, most=a.most, dtype=a.dtype,
-        command=a.command_line, progress=not a.quiet, resume=a.resume, stop=a.stop, say=say, mesh=mesh_of(a),
+        command=a.command_line, progress=not a.quiet, resume=a.resume, stop=a.stop, say=say, mesh=mesh_sizes(a),
     )  # fmt: skip
     counts, best, found = report["counts"], report["recommended"], report["effects"]
     left = f"{counts['wrong']} the model gets wrong, {counts['skipped']} skipped"

@@ -1,5 +1,7 @@
 """What a training step costs in closed form: which meshes are worth compiling, and what can be said of GPUs.
 
+(Where layers are unrolled the last one works at the answers alone, which is not counted here.)
+
 Symbols: P base linears (entries over all layers), V x D the head, R an adapter's entries, T tokens and M answer slots
 of one candidate's step on both sides, W tokens of a row, L layers. Products of one candidate, a multiply-add as two:
 
@@ -17,23 +19,20 @@ from typing import NamedTuple
 
 from unlearnjax.distributed.mesh import CANDIDATE, DATA, FSDP, TENSOR
 from unlearnjax.distributed.programs import Workload
+from unlearnjax.distributed.rules import cut_by
 from unlearnjax.distributed.topology import Chip
 from unlearnjax.models.config import ModelConfig
-
-SCANNED = 8  # layers beyond which they are scanned and recomputed (see `unlearnjax.models.decoder.build`)
+from unlearnjax.models.decoder import UNROLLED as SCANNED
+from unlearnjax.objectives.objective import objective
 
 
 class Estimate(NamedTuple):
-    """Of one device and step: products, bytes sent, bytes that stay on it, seconds of the slower of the first two.
-
-    `idle`: of how many devices' work one is enough, because rows or candidates do not divide among them.
-    """
+    """Of one device and step: products, bytes sent, bytes that stay on it, seconds of the slower of the first two."""
 
     flops: float
     sent: float
     held: float
     seconds: float
-    idle: float
 
 
 def _linears(config: ModelConfig) -> tuple[int, int]:
@@ -46,7 +45,7 @@ def step_flops(config: ModelConfig, w: Workload) -> float:
     """Products of one training step of all candidates."""
     base, adapter = _linears(config)
     adapter *= w.rank
-    tokens = 2 * w.micro_batch * w.length
+    tokens = len(objective(w.terms).sides) * w.micro_batch * w.length
     attention = tokens * w.length * config.heads * config.head_dim * config.layers
     forward = 2 * tokens * (base + adapter) + 4 * attention
     backward = 2 * tokens * (base + 2 * adapter) + 8 * attention
@@ -63,15 +62,15 @@ def estimate(config: ModelConfig, w: Workload, sizes: Mapping[str, int], chip: C
     base, adapter = _linears(config)
     width = 2 if w.dtype != "float32" else 4
     own = apart if w.candidates % apart == 0 else 1
-    rows = math.gcd(2 * w.micro_batch, data * fsdp)
-    idle = apart / own * data * fsdp / rows
+    together = len(objective(w.terms).sides) * w.micro_batch
+    rows = math.prod([sizes[axis] for axis in cut_by("rows", together, sizes)])
     flops = step_flops(config, w) / (own * rows * tensor)
     embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
     weights = (base + embeddings) * width / (fsdp * tensor)
     # Adapters, two moments and gradients, float32, cut along their long axis too.
     states = 16 * w.candidates * adapter * w.rank / (own * fsdp * tensor)
     passes = 3 if config.layers > SCANNED else 2
-    local = w.candidates / own * 2 * w.micro_batch * w.length / rows  # tokens on a device
+    local = w.candidates / own * together * w.length / rows  # tokens on a device
     stream = local * config.hidden_size * width
     sent = passes * (base * width / tensor + embeddings * width / tensor) * (fsdp - 1) / fsdp
     sent += 4 * passes * config.layers * stream * (tensor - 1) / tensor
@@ -80,7 +79,7 @@ def estimate(config: ModelConfig, w: Workload, sizes: Mapping[str, int], chip: C
     kept = stream * config.layers if config.layers > SCANNED else 12 * stream * config.layers
     busy = local * (4 * config.intermediate_size + 8 * config.hidden_size) * width / tensor
     held = weights + states + kept + busy + w.set_tokens * config.hidden_size * 4 / (fsdp * tensor)
-    return Estimate(flops, sent, held, max(flops / chip.flops, sent / chip.link), idle)
+    return Estimate(flops, sent, held, max(flops / chip.flops, sent / chip.link))
 
 
 def meshes(config: ModelConfig, w: Workload, devices: int, chip: Chip) -> list[dict[str, int]]:

@@ -178,7 +178,8 @@ def parse(text: str) -> Module:
 
 
 def turns(module: Module, loop: Instruction) -> int | None:
-    """How often a `while` runs, where it counts from 0 by one up to a constant; None: that is not to be seen."""
+    """How often a `while` runs, where its program says so or its condition compares with one constant, up to which a
+    loop of JAX's counts from 0 by one; None: that is not to be seen."""
     known = re.search(r'known_trip_count[^}]*?"?n"?:"?(\d+)', loop.attributes)
     if known:
         return int(known[1])
@@ -360,15 +361,19 @@ def costs(optimized: str, partitioned: str | None = None) -> Costs:
                 key = channel[1] if channel else f"{id(own)} {i.name}"
                 if key not in seen:
                     seen.add(key)
-                    sides = [shape.bytes for shape in i.shapes]
-                    sides += [s.bytes for name in i.operands if name in own for s in own[name].shapes]
-                    sent = sent_bytes(kind, max(sides), group_size(i.attributes, devices))
+                    given = sum(s.bytes for name in i.operands if name in own for s in own[name].shapes)
+                    made = sum(s.bytes for s in i.shapes)
+                    if i.opcode.endswith("-start") and kind != "all-reduce":
+                        made -= given  # its result holds the operands too
+                    sent = sent_bytes(kind, max(given, made), group_size(i.attributes, devices))
                     before = sums.get(kind, Collective(0.0, 0.0))
                     sums[kind] = Collective(before.times + times, before.bytes + times * sent)
                     moved += times * (i.bytes + sum(own[name].bytes for name in i.operands if name in own))
             if not fused:
                 moved += times * _moved(i, own, module)
     products = module if partitioned is None else parse(partitioned)
-    runs = runs if partitioned is None else _runs(products)[0]
+    if partitioned is not None:
+        runs, more = _runs(products)
+        unknown = max(unknown, more)
     flops = sum(times * _product(i, own) for own, times, _ in runs for i in own.values() if i.opcode == "dot")
     return Costs(flops, moved, dict(sorted(sums.items())), unknown)

@@ -41,6 +41,21 @@ def parse_mesh(text: str) -> dict[str, int]:
     return sizes
 
 
+def check_sizes(sizes: Mapping[str, int], devices: int) -> None:
+    """Raise `UserError` where the sizes do not multiply to the number of devices."""
+    wanted = math.prod(sizes.values())
+    if wanted != devices:
+        raise UserError(
+            f"--mesh {describe_sizes(sizes)}: is for {wanted} device{'s' * (wanted > 1)}, and there "
+            f"{'is' if devices == 1 else 'are'} {devices}; the sizes must multiply to that"
+        )
+
+
+def describe_sizes(sizes: Mapping[str, int]) -> str:
+    """As `--mesh` takes it, without the axes of one device: `candidate=4,fsdp=2`."""
+    return ",".join(f"{axis}={sizes[axis]}" for axis in AXES if sizes.get(axis, 1) > 1) or "candidate=1"
+
+
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of all axes in their order, those not in `sizes` with one device.
 
@@ -53,25 +68,22 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
       UserError: the sizes do not multiply to the number of devices.
     """
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
-    wanted, found = math.prod(shape), jax.device_count() if devices is None else len(devices)
-    if wanted != found:
-        text = ",".join(f"{axis}={size}" for axis, size in sizes.items())
-        raise UserError(
-            f"--mesh {text}: is for {wanted} device{'s' * (wanted > 1)}, and there "
-            f"{'is' if found == 1 else 'are'} {found}; the sizes must multiply to that"
-        )
+    check_sizes(sizes, jax.device_count() if devices is None else len(devices))
     types = (AxisType.Auto,) * len(shape)
     if devices is None:
         return jax.make_mesh(shape, tuple(AXES), axis_types=types)
     return Mesh(np.asarray(devices).reshape(shape), tuple(AXES), axis_types=types)
 
 
-def default_sizes(devices: int, candidates: int, weight_bytes: int, memory_bytes: int | None) -> dict[str, int]:
-    """Sizes for so many devices: base weights cut no finer than they must be, then candidates apart, then rows.
+def default_sizes(
+    devices: int, candidates: int, weight_bytes: int, memory_bytes: int | None, rows: int = 0
+) -> dict[str, int]:
+    """Sizes for so many devices: base weights cut no finer than they must be, then candidates apart, then rows, and by
+    heads what rows do not divide among.
 
     Args:
       weight_bytes: of the base. memory_bytes: of a device, of which the base may take WEIGHTS_SHARE; None: unknown, and
-        the weights stay whole.
+        the weights stay whole. rows: of a candidate in a step; 0: as many as one likes.
     """
     fits = memory_bytes is None
     fsdp = 1
@@ -80,10 +92,13 @@ def default_sizes(devices: int, candidates: int, weight_bytes: int, memory_bytes
         fsdp = fsdp if fits else next(d for d in range(fsdp + 1, devices + 1) if devices % d == 0)
     rest = devices // fsdp
     apart = math.gcd(rest, candidates)
-    return {CANDIDATE: apart, DATA: rest // apart, FSDP: fsdp}
+    data = math.gcd(rest // apart, rows)
+    return {CANDIDATE: apart, DATA: data, FSDP: fsdp, TENSOR: rest // apart // data}
 
 
-def choose_mesh(sizes: Mapping[str, int] | Mesh | None, candidates: int, weight_bytes: int) -> Mesh | None:
+def choose_mesh(
+    sizes: Mapping[str, int] | Mesh | None, candidates: int, weight_bytes: int, rows: int = 0
+) -> Mesh | None:
     """The mesh of a job, or None where it runs on one device.
 
     Args:
@@ -99,14 +114,9 @@ def choose_mesh(sizes: Mapping[str, int] | Mesh | None, candidates: int, weight_
         if jax.default_backend() == "cpu" and jax.process_count() == 1:
             return None
         memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-        sizes = default_sizes(jax.device_count(), candidates, weight_bytes, memory)
+        sizes = default_sizes(jax.device_count(), candidates, weight_bytes, memory, rows)
     mesh = make_mesh(sizes)
     return mesh if mesh.size > 1 else None
-
-
-def describe_mesh(mesh: Mesh) -> str:
-    """As `--mesh` takes it, without the axes of one device: `candidate=4,fsdp=2`; `one device`."""
-    return ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
 
 
 def mesh_of(tree: PyTree[Any]) -> Mesh | None:

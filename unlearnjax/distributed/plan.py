@@ -11,7 +11,7 @@ import jax
 
 from unlearnjax.distributed.estimate import estimate, meshes
 from unlearnjax.distributed.hlo import Costs, costs
-from unlearnjax.distributed.mesh import AXES, make_mesh
+from unlearnjax.distributed.mesh import check_sizes, describe_sizes, make_mesh
 from unlearnjax.distributed.programs import (
     Program,
     Workload,
@@ -46,7 +46,7 @@ class Compiled(NamedTuple):
     compile_seconds: float
 
     def seconds(self, chip: Chip) -> dict[str, float]:
-        """What each of the chip's limits alone allows: no step takes less than the largest."""
+        """What each of the chip's limits alone takes, with collectives along one axis of its links at a time."""
         if self.costs is None:
             return {}
         return {
@@ -154,7 +154,7 @@ def make_plan(
     tried = []
     for own in wanted:
         mesh = make_mesh(own, devices)
-        say(f"compiling the training step for {topology.name}, mesh {written(own)}")
+        say(f"compiling the training step for {topology.name}, mesh {describe_sizes(own)}")
         tried.append(Tried(own, compile_program(training_step(config, mesh, workload), topology.chip)))
     fitting = [t for t in tried if t.training.fits]
     best = min(fitting, key=lambda t: t.training.bound(topology.chip)[1], default=None)
@@ -167,11 +167,6 @@ def make_plan(
             compile_program(merge_step(config, mesh, workload, "ties", {"density": 0.2}), topology.chip),
         ]
     return Plan(topology, workload, tried, best, others)
-
-
-def written(sizes: Mapping[str, int]) -> str:
-    """As --mesh takes it."""
-    return ",".join(f"{axis}={sizes[axis]}" for axis in AXES if sizes.get(axis, 1) > 1) or "candidate=1"
 
 
 def _gib(size: float) -> float:
@@ -215,8 +210,8 @@ def plan_as_plain(found: Plan) -> dict[str, Any]:
         "topology": found.topology.name,
         "devices": found.topology.devices,
         "workload": found.workload._asdict(),
-        "tried": [{"mesh": written(t.sizes), **as_plain(t.training, chip)} for t in found.tried],
-        "best": None if found.best is None else written(found.best.sizes),
+        "tried": [{"mesh": describe_sizes(t.sizes), **as_plain(t.training, chip)} for t in found.tried],
+        "best": None if found.best is None else describe_sizes(found.best.sizes),
         "others": [as_plain(own, chip) for own in found.others],
     }
 
@@ -228,9 +223,10 @@ def by_analysis(
     chip = topology.chip
     if sizes is None:
         sizes = meshes(config, w, topology.devices, chip)[0]
+    check_sizes(sizes, topology.devices)
     own = estimate(config, w, sizes, chip)
     return {
-        "topology": topology.name, "devices": topology.devices, "workload": w._asdict(), "best": written(sizes),
+        "topology": topology.name, "devices": topology.devices, "workload": w._asdict(), "best": describe_sizes(sizes),
         "fits": own.held <= 0.9 * chip.memory, "gib": {"total": _gib(own.held), "available": _gib(chip.memory)},
         "flops": float(f"{own.flops:.4g}"), "sent": float(f"{own.sent:.4g}"),
         "seconds": {"products": float(f"{own.flops / chip.flops:.3g}"), "links": float(f"{own.sent / chip.link:.3g}")},
@@ -260,8 +256,8 @@ def _rendered_estimate(plain: Mapping[str, Any]) -> list[str]:
     return [
         "GPUs by analysis: closed forms, nothing was compiled",
         f"  {word}: about {plain['gib']['total']} of {plain['gib']['available']} GiB",
-        f"  step: {plain['flops']:.3g} FLOPs, {plain['sent']:.3g} bytes sent; at least "
-        f"{1000 * max(plain['seconds'].values()):.3g} ms",
+        f"  step: {plain['flops']:.3g} FLOPs, {plain['sent']:.3g} bytes sent; about "
+        f"{1000 * max(plain['seconds'].values()):.3g} ms at the chip's limits",
         f"best: --mesh {plain['best']}",
     ]
 

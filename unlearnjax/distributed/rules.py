@@ -1,10 +1,11 @@
 """Where every array lies: one table from logical axes to mesh axes, and what follows from it for each kind of tree."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
@@ -28,17 +29,28 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
+def cut_by(name: str | None, size: int, sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """The mesh axes that cut a dimension: those of its logical axis' rule, each as a whole or not at all.
+
+    Args:
+      sizes: of the mesh, by axis.
+    """
+    chosen: list[str] = []
+    for axis in RULES.get(name or "", ()):
+        if sizes.get(axis, 1) > 1 and size % math.prod([sizes[a] for a in (*chosen, axis)]) == 0:
+            chosen.append(axis)
+    return tuple(chosen)
+
+
 def partition(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """The mesh axes of each dimension: those of its rule, as many of them as divide it, each at most once."""
-    used: set[str] = set()
+    """The mesh axes of each dimension (`cut_by`), each of them at most once."""
+    free = dict(mesh.shape)
     parts: list[tuple[str, ...] | str | None] = []
     for name, size in zip(axes, shape, strict=True):
-        chosen: list[str] = []
-        for axis in RULES.get(name or "", ()):
-            if axis not in used and size % math.prod([mesh.shape[a] for a in (*chosen, axis)]) == 0:
-                chosen.append(axis)
-        used.update(chosen)
-        parts.append(None if not chosen else chosen[0] if len(chosen) == 1 else tuple(chosen))
+        chosen = cut_by(name, size, free)
+        for axis in chosen:
+            del free[axis]
+        parts.append(None if not chosen else chosen[0] if len(chosen) == 1 else chosen)
     while parts and parts[-1] is None:
         parts.pop()
     return PartitionSpec(*parts)
@@ -147,3 +159,35 @@ def spread_rows(params: PyTree[Any], *arrays: Any) -> Any:
     return tuple(
         jax.device_put(x, sharding(mesh, own, np.shape(x))) for x, own in zip(arrays, names, strict=True)
     )  # fmt: skip
+
+
+def filled(params: PyTree[Any], lora: PyTree[jax.Array] | None) -> PyTree[jax.Array] | None:
+    """A stack of adapters [N, layers, ...] with adapters of zeros behind them, so that the mesh's candidate axis
+    divides their number, each device with its own; as it is where there is one device."""
+    mesh = mesh_of(params)
+    if mesh is None or lora is None:
+        return lora
+    size = mesh.shape[CANDIDATE]
+
+    def leaf(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        more = jnp.pad(x, [(0, -x.shape[0] % size), *[(0, 0)] * (x.ndim - 1)])
+        names = (None, None, "features") if _names(path)[-1] == "a" else (None, "features", None)
+        return jax.device_put(more, sharding(mesh, ("candidate", *names), more.shape))
+
+    return jax.tree_util.tree_map_with_path(leaf, lora)
+
+
+def idle(mesh: Mesh, candidates: int, rows: int) -> list[str]:
+    """Warnings about devices that do the same work as others, because training's candidates or a step's rows do not
+    divide among them."""
+    found, shape = [], mesh.shape
+    if shape[CANDIDATE] > 1 and not cut_by("candidate", candidates, shape):
+        found.append(
+            f"{CANDIDATE}={shape[CANDIDATE]} does not divide {candidates} candidates that train together: each of "
+            "these devices trains all of them"
+        )
+    left = [axis for axis in RULES["rows"] if shape[axis] > 1 and axis not in cut_by("rows", rows, shape)]
+    if left:
+        named = ", ".join(f"{axis}={shape[axis]}" for axis in left)
+        found.append(f"{named} does not divide the {rows} rows of a step: these devices all train on the same rows")
+    return found

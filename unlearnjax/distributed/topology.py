@@ -21,10 +21,9 @@ class Chip(NamedTuple):
     tpu: bool = True
 
 
-# cloud.google.com/tpu/docs/v4, v5e, v5p, v6e (interconnect: of all ports of a chip, over the torus's axes); NVIDIA's
+# cloud.google.com/tpu/docs/v5e, v5p, v6e (interconnect: of all ports of a chip, over the torus's axes); NVIDIA's
 # data sheets of the SXM modules (NVLink: one direction).
 CHIPS = {
-    "v4": Chip(275e12, 32 * 2**30, 1228e9, 2400e9 / 8 / 3),
     "v5e": Chip(197e12, 16 * 2**30, 819e9, 1600e9 / 8 / 2),
     "v5p": Chip(459e12, 95 * 2**30, 2765e9, 4800e9 / 8 / 3),
     "v6e": Chip(918e12, 32 * 2**30, 1600e9, 3200e9 / 8 / 2),
@@ -32,11 +31,12 @@ CHIPS = {
     "h100": Chip(989e12, 80e9, 3350e9, 450e9, tpu=False),
     "h200": Chip(989e12, 141e9, 4800e9, 450e9, tpu=False),
 }
+NODE = 8  # GPUs that NVLink joins
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _DEEP = {
     4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8",
 }  # fmt: skip
-_CORES = ("v4", "v5p")  # whose slices are named by the number of cores, two to a chip
+_CORES = ("v5p",)  # whose slices are named by the number of cores, two to a chip
 
 
 class Topology(NamedTuple):
@@ -54,8 +54,8 @@ class Topology(NamedTuple):
 def parse_topology(text: str) -> Topology:
     """`v5e:16x16`, `v5e-256` or `h100-8`.
 
-    TPU slices by number are Google's names: of v5e and v6e the number of chips, of v4 and v5p that of cores, two to a
-    chip (v5p-64 has 32 chips).
+    TPU slices by number are Google's names: of v5e and v6e the number of chips, of v5p that of cores, two to a chip
+    (v5p-64 has 32 chips). v4 is not known: libtpu gives two devices to each of its chips.
 
     Raises:
       UserError: no such kind of device, or no such slice of it.
@@ -69,6 +69,11 @@ def parse_topology(text: str) -> Topology:
     if not CHIPS[kind].tpu:
         if shape or number < 1:
             raise UserError(f"--topology {text}: GPUs are given by their number, as in {kind}-8")
+        if number > NODE:
+            raise UserError(
+                f"--topology {text}: GPUs are planned within one machine, of at most {NODE}; nothing is known "
+                "here of what is between machines"
+            )
         return Topology(kind, f"{kind}-{number}", number)
     known = _DEEP if kind in _CORES else _FLAT
     if shape is None:

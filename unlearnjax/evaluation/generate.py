@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from unlearnjax.distributed.rules import spread_rows
+from unlearnjax.distributed.rules import filled, spread_rows
 from unlearnjax.errors import UserError
 from unlearnjax.evaluation.batches import Batch, batches, check_rows, power_of_two
 from unlearnjax.evaluation.journal import Records, recorded
@@ -308,6 +308,8 @@ def generate_candidates(
         raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     config = model.config
     check_rows(prompts, config.vocab_size, config.max_positions, max_new_tokens, names)
+    wanted = 1 if lora is None else jax.tree.leaves(lora)[0].shape[0]
+    lora = filled(params, lora)
     count = 1 if lora is None else jax.tree.leaves(lora)[0].shape[0]
     # Padded with an id that no token has, so that the number of end tokens makes no new program.
     eos = np.array(sorted({int(i) for i in eos_token_ids}), np.int32)
@@ -332,8 +334,8 @@ def generate_candidates(
             for row, ids in zip(batch.places, found, strict=True):
                 results[n][row] = ids
         if progress is not None:
-            progress(count * len(batch.places))
-    return results
+            progress(wanted * len(batch.places))
+    return results[:wanted]
 
 
 def generate(

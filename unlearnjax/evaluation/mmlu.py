@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from unlearnjax.data.mmlu import Mmlu, Question
+from unlearnjax.distributed.rules import filled, spread_rows
 from unlearnjax.errors import UserError
 from unlearnjax.evaluation.batches import Batch, batches, check_rows
 from unlearnjax.evaluation.generate import stack_of_one
@@ -185,6 +186,8 @@ def mmlu_candidates(
       progress: called with the number of questions (times N) that have been finished since the last call.
       journal: keeps finished batches; those in it are not computed again.
     """
+    wanted = 1 if lora is None else jax.tree.leaves(lora)[0].shape[0]
+    lora = filled(params, lora)
     count = 1 if lora is None else jax.tree.leaves(lora)[0].shape[0]
     run = program(model)
     letters = np.array(prompts.letters, np.int32)
@@ -203,8 +206,8 @@ def mmlu_candidates(
     for batch in batches(prompts.ids, batch_size, 0, left=False, widest=model.config.max_positions, per_octave=4):
         found[:, batch.places] = recorded(records, batch, scores)
         if progress is not None:
-            progress(count * len(batch.places))
-    return [_scores(one, prompts) for one in found]
+            progress(wanted * len(batch.places))
+    return [_scores(one, prompts) for one in found[:wanted]]
 
 
 def mmlu(

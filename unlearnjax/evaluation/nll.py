@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 from unlearnjax_kernels.vocab_logsumexp import vocab_logsumexp
 
-from unlearnjax.distributed.rules import spread_rows
+from unlearnjax.distributed.rules import filled, spread_rows
 from unlearnjax.errors import UserError
 from unlearnjax.evaluation.batches import Batch, batches, check_rows, name_of
 from unlearnjax.evaluation.generate import stack_of_one
@@ -110,6 +110,8 @@ def token_nll_candidates(
         if start < 0:
             raise UserError(f"{name_of(names, i)}: answer_start must not be negative, is {start}")
     starts = [max(start, 1) for start in starts]
+    wanted = 1 if lora is None else jax.tree.leaves(lora)[0].shape[0]
+    lora = filled(params, lora)
     count = 1 if lora is None else jax.tree.leaves(lora)[0].shape[0]
     run = program(model)
     total = np.zeros((count, len(rows)), np.float32)
@@ -125,8 +127,9 @@ def token_nll_candidates(
     for batch in batches(rows, batch_size, 0, left=False, widest=config.max_positions, per_octave=4):
         total[:, batch.places] = recorded(records, batch, totals)
         if progress is not None:
-            progress(count * len(batch.places))
+            progress(wanted * len(batch.places))
     number = np.array([max(len(row) - start, 0) for row, start in zip(rows, starts)], np.int64)
+    total = total[:wanted]
     return TokenNLL(total, np.broadcast_to(number, total.shape))
 
 

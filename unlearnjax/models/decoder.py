@@ -227,6 +227,7 @@ def head(params: PyTree[Array]) -> Float[Array, "vocab hidden"]:
     return params["head"]["weight"] if "head" in params else params["embed"]["weight"]
 
 
+UNROLLED = 8  # layers up to which they are unrolled by default
 # Float32 scores of one row of 256 tokens and 8 heads: 2 MiB, about a CPU core's cache.
 CPU_SCORES_AT_ONCE = 2**19
 
@@ -238,13 +239,13 @@ def build(
 
     Args:
       config: the model's sizes.
-      unroll: unroll the layers (faster steps, slower compiles) or scan them. Default: unrolled up to 8 layers.
+      unroll: unroll the layers (faster steps, slower compiles) or scan them. Default: unrolled up to UNROLLED.
       remat: recompute each layer in the backward pass instead of keeping its activations. Default: where layers are
         scanned.
       scores_at_once: attention goes through the rows in blocks of about so many scores. Default: all rows at once,
         but CPU_SCORES_AT_ONCE where JAX's default device is a CPU.
     """
-    unroll = config.layers <= 8 if unroll is None else unroll
+    unroll = config.layers <= UNROLLED if unroll is None else unroll
     remat = not unroll if remat is None else remat
     if scores_at_once is None and jax.default_backend() == "cpu":
         scores_at_once = CPU_SCORES_AT_ONCE

@@ -104,7 +104,8 @@ def evaluate(
     if adapter is not None:
         loaded = load_adapter(adapter, lm.config)
         stack = stack_of_one(scaled(loaded.lora, loaded.alpha / loaded.rank))
-    mesh = choose_mesh(mesh, 1, weight_bytes(lm.config, dtype))
+    held = 1 + (original is not None) + (gold is not None)
+    mesh = choose_mesh(mesh, 1, held * weight_bytes(lm.config, dtype), batch_size)
     params = load_params(folder, lm.config, dtype, mesh)
     lm = dataclasses.replace(lm, params=params)
     before = lm if original is None else load_reference(original, lm, dtype, "model before unlearning", mesh)

@@ -12,8 +12,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from unlearnjax.adapters.apply import add_delta
-from unlearnjax.distributed.mesh import mesh_of
-from unlearnjax.distributed.rules import of_candidates
 from unlearnjax.evaluation.csvs import Scored, read_generations
 from unlearnjax.evaluation.full.asked import Asking
 from unlearnjax.evaluation.full.suite import SPLITS, Effort, Subjects, Texts, measure, yardsticks
@@ -131,9 +129,6 @@ def evaluate_all(
     if adapters:
         # An adapter of zeros is the base.
         stack = _stack_adapters([jax.tree.map(jnp.zeros_like, adapters[0][2]), *(lora for _, _, lora in adapters)])
-        mesh = mesh_of(model.params)
-        if mesh is not None:
-            stack = jax.device_put(stack, of_candidates(mesh, model.model.abstract(jnp.float32), stack))
     warnings: list[tuple[str, str]] = []
 
     def kept(name: str, changes: PyTree[Array] | None, **more: Any) -> Journal | None:

@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 
 import unlearnjax
 from unlearnjax.adapters.lora import lora_weights, scaled
-from unlearnjax.distributed.mesh import choose_mesh
+from unlearnjax.distributed.mesh import choose_mesh, describe_sizes, mesh_of
+from unlearnjax.distributed.rules import idle
 from unlearnjax.errors import UserError
 from unlearnjax.evaluation.journal import Journal
 from unlearnjax.evaluation.mmlu import SHOTS, Prompts
@@ -194,7 +195,9 @@ def run(
     mmlu = None if mmlu_data is None else load_prompts(lm, mmlu_data, mmlu_shots)
     shared = None
     if folder is not None:
-        shared = choose_mesh(mesh, len(recipe.candidates), weight_bytes(lm.config, dtype))
+        models = 1 if gold is None else 2
+        rows = min(len(g.objective.sides) * c.micro_batch for g in groups for c in recipe.candidates)
+        shared = choose_mesh(mesh, len(recipe.candidates), models * weight_bytes(lm.config, dtype), rows)
     reference = None if gold is None else load_reference(gold, lm, dtype, "gold model", shared)
     if folder is not None:
         lm = dataclasses.replace(lm, params=load_params(folder, lm.config, dtype, shared))
@@ -206,6 +209,12 @@ def run(
     )  # fmt: skip
     if layers:
         groups = prepare(recipe, lm, data, sources, layers)
+    shared = mesh_of(lm.params)
+    if shared is not None:
+        for group in groups:
+            step = next(iter(group.schedule.steps[0].rows.values())).shape[1]
+            for warning in idle(shared, len(group.group.places), len(group.objective.sides) * step):
+                say(f"warning: --mesh: {warning}")
     known = run_fingerprint(plain, data, groups, of_model)
     keeper = open_keeper(out / CHECKPOINTS, known, every=checkpoint_every, say=say, resume=resume)
     journal = Journal(out / CHECKPOINTS / EVALUATION, of_model, say)
@@ -273,6 +282,7 @@ def finish(
       gold, mmlu, journal, stop: see `evaluate_all`.
     """
     save_candidates(out / "candidates", lm, recipe, trained)
+    mesh = mesh_of(lm.params)
     searcher = Searcher(lm, recipe, data, journal, progress, stop)
     merges, notes = merge_all(recipe, trained, searcher.choose)
     save_merges(out / "merges", lm, recipe, merges)
@@ -290,7 +300,7 @@ def finish(
         **about,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "unlearnjax": unlearnjax.__version__,
-        "hardware": describe_hardware(),
+        "hardware": describe_hardware() | ({} if mesh is None else {"mesh": describe_sizes(mesh.shape)}),
         "training": describe_training(trained.result),
         "merges": [describe(m, e, [c.name for c in recipe.candidates]) for m, e in merges],
         "models": models,

@@ -31,7 +31,10 @@ VERSION = 1
 FILE = "report.json"
 
 OBJECT = mapping_of(anything)
-HARDWARE = record({"platform": string, "device": string, "device_count": integer, "cpu_count": integer, "jax": string})
+HARDWARE = record(
+    {"platform": string, "device": string, "device_count": integer, "cpu_count": integer, "jax": string},
+    optional={"mesh": string},
+)
 _SHARE = or_null(number)
 _TASKS = mapping_of(record({"regurgitation": or_null(number), "knowledge": or_null(number)}))
 _PER_SPLIT = record({"forget": _SHARE, "retain": _SHARE})
