@@ -29,6 +29,7 @@ def _compiler():
     v5e()
 
 
+@pytest.mark.slow
 def test_a_plan_counts_what_the_closed_form_counts_and_fits():
     work = Workload(16, rank=8, set_tokens=4096)
     found = make_plan(SMALL, EIGHT, work, {"candidate": 2, "fsdp": 4}, whole=False)
@@ -73,6 +74,7 @@ def test_meshes_that_cannot_fit_come_last_and_waste_comes_late():
         assert sizes["candidate"] * sizes["data"] * sizes["fsdp"] * sizes["tensor"] == 8
 
 
+@pytest.mark.slow
 def test_the_command_needs_no_more_than_a_configuration(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(config_to_hf(SMALL)))
     out = tmp_path / "plan.json"

@@ -22,10 +22,8 @@ from unlearnjax.training.step import Task
 
 CONFIG = ModelConfig("llama", 64, 32, 48, 2, 4, 2, 8, "rms")
 TERMS = ("npo", "gdr", "klr", "klr_all")
-MESHES = (
-    "candidate=8", "data=8", "fsdp=8", "tensor=8", "candidate=2,data=2,fsdp=2", "candidate=2,fsdp=2,tensor=2",
-    "candidate=4,tensor=2", "data=2,fsdp=4",
-)  # fmt: skip
+MESHES = ("candidate=2,data=2,fsdp=2", "candidate=2,fsdp=2,tensor=2", "data=2,fsdp=4")
+SLOW = ("candidate=8", "data=8", "fsdp=8", "tensor=8", "candidate=4,tensor=2")
 
 
 def sides():
@@ -75,13 +73,14 @@ def alone():
     return trained(None)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", [*MESHES, *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in SLOW)])
 def test_a_mesh_trains_what_one_device_trains(mesh, alone):
     found = trained(mesh)
     assert len(found.states.updates.sharding.device_set) == 8
     same(found, alone)
 
 
+@pytest.mark.slow
 def test_groups_of_candidates_and_a_number_that_does_not_divide():
     same(trained("candidate=4,data=2", at_once=1), trained(None))
     same(trained("candidate=4,fsdp=2", count=6), trained(None, count=6))

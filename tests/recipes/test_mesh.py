@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from unlearnjax.cli.main import main
-from unlearnjax.distributed.mesh import make_mesh, mesh_of, parse_mesh
+from unlearnjax.distributed.mesh import describe_sizes, make_mesh, mesh_of, parse_mesh
 from unlearnjax.io.huggingface import load_params
 from unlearnjax.io.safetensors import open_folder
 from unlearnjax.recipes.parse import recipe_from
@@ -37,13 +37,17 @@ RECIPE = {
 def done(world, out, mesh):
     base, _, sources = world
     mesh = None if mesh is None else parse_mesh(mesh)
-    return run(base.source, sources, out, recipe_from(RECIPE, "x"), progress=False, mesh=mesh)
+    said: list[str] = []
+    report = run(base.source, sources, out, recipe_from(RECIPE, "x"), progress=False, mesh=mesh, say=said.append)
+    return report, said
 
 
 @pytest.fixture(scope="module")
 def alone(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("alone") / "out"
-    return out, done(world, out, None)
+    report, said = done(world, out, None)
+    assert said == []
+    return out, report
 
 
 def numbers(value):
@@ -55,10 +59,14 @@ def numbers(value):
     return [float(value)] if isinstance(value, (int, float)) else []
 
 
-@pytest.mark.parametrize("mesh", ["candidate=2,data=2,fsdp=2", "candidate=1,fsdp=2,tensor=4"])
+@pytest.mark.parametrize(
+    "mesh", ["candidate=2,data=2,fsdp=2", pytest.param("candidate=1,fsdp=2,tensor=4", marks=pytest.mark.slow)]
+)
 def test_a_run_on_a_mesh_is_the_run_on_one_device(world, alone, tmp_path, mesh):
     expected_out, expected = alone
-    found = done(world, tmp_path / "out", mesh)
+    found, said = done(world, tmp_path / "out", mesh)
+    assert len(said) == int(mesh.startswith("candidate=2"))  # of the one candidate that trains apart
+    assert found["hardware"]["mesh"] == describe_sizes(parse_mesh(mesh))
     for part in ("candidates", "models", "merges"):
         np.testing.assert_allclose(numbers(found[part]), numbers(expected[part]), rtol=2e-4, atol=1e-5, err_msg=part)
     ours, theirs = (open_folder(out / "model") for out in (tmp_path / "out", expected_out))
