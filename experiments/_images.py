@@ -6,6 +6,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from unlearnjax.report.figure import sweeps_svg
+
 
 def subset(source: Path, target: Path, rows: int | None) -> str:
     """The first rows of a parquet file, as a file; CIFAR-10's and MNIST's rows are in random order."""
@@ -19,6 +21,14 @@ def subset(source: Path, target: Path, rows: int | None) -> str:
 def slim(report: dict[str, Any]) -> dict[str, Any]:
     """What is kept of a report: not the candidates' curves."""
     return {key: report[key] for key in ("models", "merges", "rule", "weights", "hardware", "data", "warnings")}
+
+
+DRAWN = ("consensus", "uniform", "ties", "magmax", "best_single", "conflict_only")
+
+
+def draw(run: dict[str, Any], path: Path) -> None:
+    """A run's curves along lambda, of the merges of all candidates."""
+    path.write_text(sweeps_svg(run, DRAWN), encoding="utf-8")
 
 
 def save(kept: dict[str, Any], path: Path) -> None:

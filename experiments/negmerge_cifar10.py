@@ -17,7 +17,8 @@ they were not run.
 
 Writes one run per seed and variant under --out, and the figures to keep as negmerge_cifar10_SCALE.json in --results
 (runs of other seeds and variants stay in it, so that seeds may be run one by one): each model's accuracy on retain,
-forget and test images, MIA-efficacy, and Avg. Gap to the retrained model; the sweeps along lambda. Expected from the
+forget and test images, MIA-efficacy, and Avg. Gap to the retrained model; the sweeps along lambda (the first seed's as
+an SVG beside it). Expected from the
 paper (ResNet-18; retain, forget, test, MIA, gap): retrained 100, 94.76, 94.26, 12.88; best single task vector 98.36,
 94.85, 91.49, 10.91, 1.62; uniform gap 1.75; NegMerge gap 1.07.
 """
@@ -30,7 +31,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from _images import save, slim, subset
+from _images import draw, save, slim, subset
 
 from unlearnjax.data.images import Images, forget_mask, load_images
 from unlearnjax.data.labelled import labelled
@@ -194,6 +195,8 @@ def main() -> None:
             others = [r for r in kept["runs"] if (r["seed"], r["variant"]) != (seed, variant)]
             kept["runs"] = sorted([*others, mine], key=lambda r: (r["seed"], r["variant"] != a.variants[0]))
             save(kept, results)
+            if variant == a.variants[0] and seed == kept["runs"][0]["seed"]:
+                draw(mine, results.with_suffix(".svg"))
     for variant in a.variants:
         runs = [run for run in kept["runs"] if run["variant"] == variant]
         print(f"\n{variant}, {len(runs)} seeds: mean [least, most]\n{over_seeds(runs)}")

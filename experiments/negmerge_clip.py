@@ -34,7 +34,8 @@ images are flipped but not cropped at random scales. Lambda is chosen on a tenth
 as there: some 50000 rows do, and all of ImageNet's would not fit in memory.
 
 Writes one run per direction under --out, and the figures to keep as experiments/results/negmerge_clip_SCALE.json: each
-merge's accuracy on test images of what is forgotten and of what is kept, its sparsity, its sweep along lambda. Expected
+merge's accuracy on test images of what is forgotten and of what is kept, its sparsity, its sweep along lambda (each
+direction's as an SVG beside it). Expected
 from the paper (B/32, mean of eight; forget, retain): pretrained 48.13, 63.33; best single task vector 23.63, 60.60;
 uniform 22.50, 60.55; TIES 26.21, 61.08; MagMax 25.24, 60.95; NegMerge 20.76, 60.36.
 """
@@ -45,7 +46,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from _clip import Captioned, train_clip
-from _images import save, slim, subset
+from _images import draw, save, slim, subset
 
 from unlearnjax.data.images import Images, load_images
 from unlearnjax.data.labelled import labelled
@@ -188,6 +189,8 @@ def small(a: argparse.Namespace) -> None:
         print(f"\n{name}\n{render_images_markdown(report)}", flush=True)
         kept["runs"].append({"forget": forget, "retain": retain, "linear": linear, **slim(report)})
         save(kept, Path(a.results) / "negmerge_clip_small.json")
+        way = f"forget_{forget}{'_linear' if linear else ''}"
+        draw(kept["runs"][-1], Path(a.results) / f"negmerge_clip_small_{way}.svg")
 
 
 def paper(a: argparse.Namespace) -> None:

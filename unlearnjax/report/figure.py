@@ -1,10 +1,12 @@
 """One figure of the report as a file of its own, for a README or a results folder."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unlearnjax.report import charts
+from unlearnjax.report.images import SWEPT, sweep_traces
+from unlearnjax.report.markup import Markup
 from unlearnjax.report.scores import forgotten, ordered, retained
 from unlearnjax.report.style import STYLE
 
@@ -22,7 +24,24 @@ def scatter_svg(report: Mapping[str, Any]) -> str:
             points.append(charts.Point(model["name"], model["kind"], right, up))
     if not points:
         raise ValueError("no model of the report has both a retain and a forget score")
-    figure, _ = charts.scatter(points)
+    return _alone(charts.scatter(points)[0])
+
+
+def sweeps_svg(report: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Forget against retain accuracy along lambda, a line per merge of these names, of an image report; a stand-alone
+    SVG file.
+
+    Raises:
+      ValueError: no merge of these names was searched.
+    """
+    drawn = [trace for trace in sweep_traces(report) if trace.name in names]
+    if not drawn:
+        raise ValueError("none of these merges has a curve along lambda")
+    return _alone(charts.traces(drawn, None, SWEPT))
+
+
+def _alone(figure: Markup) -> str:
+    """A figure's drawing as a file, with its colours inside."""
     drawing = re.search(r"<svg (.*)</svg>", str(figure.text), re.DOTALL)
     assert drawing is not None
     attributes, _, body = drawing.group(1).partition(">")

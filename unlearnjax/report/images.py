@@ -180,21 +180,28 @@ def _scores(report: Mapping[str, Any]) -> Markup:
     return tables.table([heads], rows)
 
 
-def _sweeps(report: Mapping[str, Any]) -> Markup | None:
-    """Forget against retain accuracy along lambda, a line per merge."""
-    floor = report["rule"]["floor"]
+SWEPT = ("retained: retain accuracy, right is better", "forgotten: 1 \u2212 forget accuracy, up is more")
+
+
+def sweep_traces(report: Mapping[str, Any]) -> list[charts.Trace]:
+    """Each merge's way along lambda, where one was chosen."""
     drawn = []
     for merge in report["merges"]:
         sweep = merge.get("sweep")
         if sweep is not None and merge["lambda"] is not None:
             points = [(r / 100, 1 - f / 100) for r, f in zip(sweep["retain"], sweep["forget"], strict=True)]
             drawn.append(charts.Trace(merge["name"], points, sweep["lambda"].index(merge["lambda"])))
+    return drawn
+
+
+def _sweeps(report: Mapping[str, Any]) -> Markup | None:
+    """Forget against retain accuracy along lambda, a line per merge."""
+    floor, drawn = report["rule"]["floor"], sweep_traces(report)
     if not drawn:
         return None
-    words = ("retained: retain accuracy, right is better", "forgotten: 1 \u2212 forget accuracy, up is more")
     return section(
         "Forgotten against retained along lambda",
-        charts.traces(drawn, None if floor is None else floor / 100, words),
+        charts.traces(drawn, None if floor is None else floor / 100, SWEPT),
         element("p", "On validation images; the circle is the lambda that the rule chose.", class_="note"),
     )
 
