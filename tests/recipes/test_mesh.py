@@ -59,9 +59,8 @@ def numbers(value):
     return [float(value)] if isinstance(value, (int, float)) else []
 
 
-@pytest.mark.parametrize(
-    "mesh", ["candidate=2,data=2,fsdp=2", pytest.param("candidate=1,fsdp=2,tensor=4", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["candidate=2,data=2,fsdp=2", "candidate=1,fsdp=2,tensor=4"])
 def test_a_run_on_a_mesh_is_the_run_on_one_device(world, alone, tmp_path, mesh):
     expected_out, expected = alone
     found, said = done(world, tmp_path / "out", mesh)
