@@ -7,8 +7,9 @@ import pytest
 from tests.kernels.base import v5e
 from unlearnjax.cli.main import main
 from unlearnjax.distributed.estimate import estimate, meshes, step_flops
+from unlearnjax.distributed.hlo import Costs
 from unlearnjax.distributed.mesh import make_mesh
-from unlearnjax.distributed.plan import compile_program, make_plan, plan_as_plain, render
+from unlearnjax.distributed.plan import Compiled, Plan, Tried, compile_program, make_plan, plan_as_plain, render
 from unlearnjax.distributed.programs import Workload, training_step
 from unlearnjax.distributed.topology import CHIPS, parse_topology, tpu_devices
 from unlearnjax.models.abstract import weight_bytes
@@ -62,6 +63,13 @@ def test_a_slice_has_the_devices_that_its_name_says(name):
 def test_the_closed_form_knows_how_many_sides_an_objective_reads():
     work = Workload(4)
     assert step_flops(SMALL, work._replace(terms=("npo",))) == step_flops(SMALL, work) / 2
+
+
+def test_a_loop_of_unknown_length_is_told():
+    own = Compiled("merge", True, {}, 0, 0, 2**30, Costs(1e12, 1e9, {}, 1), 1.0)
+    tried = Tried({"candidate": 8}, own)
+    text = render(plan_as_plain(Plan(EIGHT, Workload(8), [tried], tried, [])))
+    assert "length of a loop is not in the program" in text and "bound by products" in text
 
 
 def test_meshes_that_cannot_fit_come_last_and_waste_comes_late():

@@ -135,9 +135,7 @@ def parser() -> argparse.ArgumentParser:
     going_on(p, "trace")
     mesh(p)
 
-    p = add(
-        "plan", plan.plan, "What a job takes on a machine that need not be there: memory, operations, time at least."
-    )
+    p = add("plan", plan.plan, "What a job takes on a machine that need not be there: memory, operations, collectives.")
     plan.add_options(p)
     mesh(p)
 

@@ -35,13 +35,19 @@ def plan(a: argparse.Namespace) -> None:
     from unlearnjax.io.huggingface import check_dtype, load_config, resolve_config
     from unlearnjax.objectives.objective import TERMS, expand
 
-    counts = ("candidates", "micro_batch", "length", "rank", "set_tokens", "tries")
-    for name in (*counts, *(["tokens_at_once"] if a.tokens_at_once is not None else [])):
-        if getattr(a, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(a, name)}")
-    for name in ("length", "set_tokens"):
-        if getattr(a, name) < 2:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 2, not {getattr(a, name)}")
+    counts = {
+        "candidates": 1,
+        "micro_batch": 1,
+        "length": 2,
+        "rank": 1,
+        "set_tokens": 2,
+        "tries": 1,
+        "tokens_at_once": 1,
+    }
+    for name, least in counts.items():
+        value = getattr(a, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
     if a.out is not None and not Path(a.out).expanduser().resolve().parent.is_dir():
         raise UserError(f"--out {a.out}: there is no such folder; make it first")
     check_dtype(a.dtype)

@@ -273,7 +273,8 @@ def _rendered(own: Mapping[str, Any]) -> list[str]:
         sent = ", ".join(f"{c['times']:g} {kind} {c['bytes_sent']:.3g} B" for kind, c in own["collectives"].items())
         limits = ", ".join(f"{kind} {1000 * s:.3g}" for kind, s in own["seconds"].items())
         lines.append(f"    {own['flops']:.3g} FLOPs, {own['bytes']:.3g} B of memory moved; sent: {sent or 'nothing'}")
-        lines.append(
-            f"    at least {1000 * max(own['seconds'].values()):.3g} ms, bound by {own['bound']} (ms: {limits})"
-        )
+        least = 1000 * max(own["seconds"].values())
+        lines.append(f"    about {least:.3g} ms at the chip's limits, bound by {own['bound']} (ms: {limits})")
+    if own.get("loops_of_unknown_length"):
+        lines.append("    the length of a loop is not in the program: its turns count once")
     return lines

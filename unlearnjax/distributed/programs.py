@@ -174,15 +174,11 @@ def _places(mesh: Mesh, state: Generating, candidates: int) -> PyTree[Any]:
         inner = len(x.shape) - len(lead) - 4
         return sharding(mesh, (*lead, *(None,) * inner, "rows", "kv_heads", None, None), x.shape)
 
-    def plain(x: Any) -> Any:
-        axes = ("candidate", "rows", None) if len(x.shape) == 3 else ("candidate", "rows")
-        return sharding(mesh, axes[: len(x.shape)] if len(x.shape) > 1 else (None,) * len(x.shape), x.shape)
-
     cache = state.cache
     segments: Any = sharding(mesh, (*lead, "rows", None), cache.segments.shape)
     length: Any = whole(mesh)
     own = Cache(jax.tree.map(kept, cache.keys), jax.tree.map(kept, cache.values), segments, length)
-    return Generating(own, *(plain(x) for x in state[1:]))
+    return Generating(own, *(sharding(mesh, ("candidate", "rows"), x.shape) for x in state[1:]))  # type: ignore[arg-type]
 
 
 def merge_step(config: ModelConfig, mesh: Mesh, w: Workload, method: str, settings: Mapping[str, Any]) -> Program:

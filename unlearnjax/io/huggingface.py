@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +57,7 @@ def resolve(model: str | Path) -> Path:
         raise UserError(f"{model}: is a file; give the model's folder")
     if not _HUB_ID.fullmatch(str(model)):
         raise UserError(f"{model}: no such folder")
-    try:
-        from huggingface_hub import snapshot_download
-
-        path = Path(snapshot_download(str(model), allow_patterns=list(PATTERNS), ignore_patterns=["*/*"]))
-    except Exception as error:  # the hub client raises many kinds: network, permission, unknown names
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{model}: no such folder here, and not to be had from the hub ({lines[0]})") from None
+    path = _fetched(model, PATTERNS)
     if not any(path.glob("*.safetensors")):
         target = f"{str(model).replace('/', '-')}-safetensors"
         raise UserError(
@@ -79,14 +73,18 @@ def resolve_config(model: str | Path) -> Path:
     Raises:
       UserError: neither a folder nor a hub id that can be fetched.
     """
-    path = Path(model).expanduser()
-    if path.is_dir() or path.exists() or not _HUB_ID.fullmatch(str(model)):
+    if Path(model).expanduser().exists() or not _HUB_ID.fullmatch(str(model)):
         return resolve(model)
+    return _fetched(model, ("config.json", "generation_config.json"))
+
+
+def _fetched(model: str | Path, patterns: Sequence[str]) -> Path:
+    """The local copy of a hub repository's files of these names."""
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(str(model), allow_patterns=["config.json", "generation_config.json"]))
-    except Exception as error:
+        return Path(snapshot_download(str(model), allow_patterns=list(patterns), ignore_patterns=["*/*"]))
+    except Exception as error:  # the hub client raises many kinds: network, permission, unknown names
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{model}: no such folder here, and not to be had from the hub ({lines[0]})") from None
 

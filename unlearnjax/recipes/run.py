@@ -196,7 +196,7 @@ def run(
     shared = None
     if folder is not None:
         models = 1 if gold is None else 2
-        rows = min(len(g.objective.sides) * c.micro_batch for g in groups for c in recipe.candidates)
+        rows = min(len(g.objective.sides) * recipe.candidates[i].micro_batch for g in groups for i in g.group.places)
         shared = choose_mesh(mesh, len(recipe.candidates), models * weight_bytes(lm.config, dtype), rows)
     reference = None if gold is None else load_reference(gold, lm, dtype, "gold model", shared)
     if folder is not None:

@@ -1,6 +1,7 @@
 """One candidate's step, and the same step mapped over all candidates: the one compiled program of a run."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,9 +14,9 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from unlearnjax.adapters.protocol import Adapter
 from unlearnjax.data.tokens import Store, gather
 from unlearnjax.distributed.mesh import CANDIDATE
-from unlearnjax.distributed.rules import along_rows, gathered, of_candidates, whole
+from unlearnjax.distributed.rules import along_rows, cut_by, gathered, of_candidates, whole
 from unlearnjax.models.layers import pick
-from unlearnjax.models.protocol import Dropout, Model, Spread
+from unlearnjax.models.protocol import WHERE_IT_IS, Dropout, Model, Spread
 from unlearnjax.objectives.objective import Memory, Objective, evaluate, score, unscored
 from unlearnjax.training.hyperparameters import Hyperparameters
 from unlearnjax.training.state import State, apply_update, choose
@@ -75,7 +76,7 @@ def loss_of(
         dropout = Dropout(key, h.dropout)
     everywhere = {s for s in sides if "every" in task.objective.reads(s)}
     # Right padding needs no mask: what is real never looks to its right.
-    spread = Spread()
+    spread = WHERE_IT_IS
     if task.mesh is not None:
         spread = Spread(functools.partial(along_rows, task.mesh), functools.partial(gathered, task.mesh))
     forward = functools.partial(task.model.forward, variables.params, variables.lora, dropout=dropout, spread=spread)
@@ -144,16 +145,11 @@ def together(task: Task, candidates: int, tokens: int) -> int:
     return -(-candidates // groups)
 
 
-def apart(mesh: Mesh | None, candidates: int) -> int:
-    """Among how many devices N candidates are divided: all of the mesh's axis, or none where that does not divide N."""
-    size = 1 if mesh is None else mesh.shape[CANDIDATE]
-    return size if candidates % size == 0 else 1
-
-
 def mapped(task: Task, one: Callable[..., PyTree], stacked: tuple[PyTree[Array], ...], tokens: int) -> PyTree[Array]:
     """`one` of each of a stack of candidates, in groups (`together`) that have as many of every device's candidates."""
     candidates = jax.tree.leaves(stacked)[0].shape[0]
-    devices = apart(task.mesh, candidates)
+    sizes = {} if task.mesh is None else task.mesh.shape
+    devices = math.prod(sizes[axis] for axis in cut_by("candidate", candidates, sizes))
     side_by_side = jax.vmap(one, spmd_axis_name=CANDIDATE if devices > 1 else None)
     own = candidates // devices
     group = together(task, own, tokens)
