@@ -81,16 +81,18 @@ def _by_hooks(model, ids, span, noise, kind, window):
 
 
 def _facts(noise, width):
-    """The prompts as one batch, padded on both sides."""
-    befores, rests = (max(x) for x in zip(*((b, len(ids) - b) for ids, (b, _) in PROMPTS), strict=True))
-    before, rest = np.zeros((len(PROMPTS), befores), np.int32), np.zeros((len(PROMPTS), rests), np.int32)
-    added = np.zeros((len(PROMPTS), DRAWS, rests, width), np.float32)
+    """The prompts as one batch, padded on the left: some of them in both parts."""
+    rest = max(len(ids) - begin for ids, (begin, _) in PROMPTS)
+    whole = max(rest + 1, *(len(ids) for ids, _ in PROMPTS))
+    tokens = np.zeros((len(PROMPTS), whole), np.int32)
+    added = np.zeros((len(PROMPTS), DRAWS, rest, width), np.float32)
     for i, (ids, (begin, end)) in enumerate(PROMPTS):
-        before[i, befores - begin :], rest[i, : len(ids) - begin] = ids[:begin], ids[begin:]
-        added[i, :, : end - begin] = noise[:, : end - begin]
-    begins = [b for _, (b, _) in PROMPTS]
-    lengths = [len(ids) - b for ids, (b, _) in PROMPTS]
-    return Facts(*(jnp.asarray(x) for x in (before, np.int32(begins), rest, np.int32(lengths), added)))
+        tokens[i, whole - len(ids) :] = ids
+        first = rest - len(ids) + begin
+        added[i, :, first : first + end - begin] = noise[:, : end - begin]
+    lengths = np.int32([len(ids) for ids, _ in PROMPTS])
+    parts = (tokens[:, : whole - rest], tokens[:, whole - rest :], lengths, added)
+    return Facts(*(jnp.asarray(x) for x in parts))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -112,11 +114,29 @@ def test_scores_are_those_of_hooks(family, tmp_path):
             assert int(got.answer[i]) == answer
             np.testing.assert_allclose(got.clean[i], clean, atol=1e-4)
             np.testing.assert_allclose(got.corrupted[i], corrupted, atol=1e-4)
-            own = np.asarray(got.restored[kind][i])[: len(ids) - span[0]]
+            own = np.asarray(got.restored[kind][i])[span[0] - len(ids) :]
             np.testing.assert_allclose(own, scores[span[0] :], atol=1e-4)
             np.testing.assert_allclose(scores[: span[0]], corrupted, atol=1e-6)
             seen.append(np.abs(scores - corrupted).max())
     assert max(seen) > 0.05  # there is something to see
+
+
+@pytest.mark.parametrize("window", [1, 4, 6, 9])
+def test_windows_that_share_layers(window, tmp_path):
+    """Those that begin at the first layer leave one run after the other; 9 holds all layers wherever it lies."""
+    torch.manual_seed(1)
+    torch_model = FAMILIES["olmo"]().eval()
+    with torch.no_grad():
+        for parameter in torch_model.parameters():
+            parameter.mul_(20)
+    torch_model.save_pretrained(tmp_path)
+    lm = load_model(tmp_path)
+    noise = np.random.RandomState(2).randn(DRAWS, 3, 32).astype(np.float32)
+    got = mediate(lm.config, lm.params, _facts(noise, 32), ("attention", "mlp"), window)
+    for kind in ("attention", "mlp"):
+        ids, span = PROMPTS[0]
+        scores = _by_hooks(torch_model, ids, span, noise, kind, window)[3]
+        np.testing.assert_allclose(got.restored[kind][0], scores[span[0] :], atol=1e-4)
 
 
 def test_a_single_layer():
@@ -126,7 +146,7 @@ def test_a_single_layer():
     noise = np.random.RandomState(1).randn(DRAWS, 3, 32).astype(np.float32)
     got = mediate(config, params, _facts(noise, 32), ("hidden",), 1)
     for i, (ids, (begin, _)) in enumerate(PROMPTS):
-        scores = np.asarray(got.restored["hidden"][i])[: len(ids) - begin, 0]
+        scores = np.asarray(got.restored["hidden"][i])[begin - len(ids) :, 0]
         np.testing.assert_allclose(scores[:-1], got.corrupted[i])
         np.testing.assert_allclose(scores[-1], got.clean[i])
     assert mediate(config, params, _facts(noise, 32), ("mlp",), 1).restored["mlp"].shape == (4, 7, 1)

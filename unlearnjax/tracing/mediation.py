@@ -6,12 +6,14 @@ work; here
 
 - what lies before the subject is run once: no noise reaches it, and restoring it changes nothing;
 - a restoration enters at its lowest layer, with the corrupted run's hidden states;
+- the windows of layers that begin at the first one share what they have in common: each leaves the next one's run;
 - a restoration at position t runs from t on (in blocks of a few positions): before it are the corrupted run's keys;
 - the last layer and the vocabulary are asked at the last position only.
 
 The restorations of a block run one layer and kind after another, each over all facts, draws and positions of the block.
 The program holds one layer's code per block, whatever the model's depth: a pass that carries all restorations up the
-layers together does the same work, and took minutes to compile.
+layers together does the same work, and took minutes to compile. Prompts end together, so that the rows of a block are
+as long as what they have to run: the blocks are those of the distance to the end, narrow where it is short.
 """
 
 import functools
@@ -28,34 +30,46 @@ from unlearnjax.models.decoder import build, embedded, final_norm, head
 from unlearnjax.models.protocol import Output, Taps
 
 KINDS = ("hidden", "mlp", "attention")
-BLOCK = 4  # positions that are restored side by side, and so run from the same one on
 
 
 class Facts(NamedTuple):
-    """Facts of like length, cut where their subjects begin.
+    """Prompts of like length, padded on the left, and cut where no subject has begun yet.
 
-    `before` is padded on the left and `rest` on the right. `noise` is added to the embeddings of `rest`: zero but at
-    the subject's tokens, which come first.
+    `length` is that of a whole prompt; `rest` may begin with padding too. `noise` is added to the embeddings of `rest`:
+    zero but at the subject's tokens.
     """
 
     before: Int[Array, "facts before"]
-    before_length: Int[Array, " facts"]
     rest: Int[Array, "facts rest"]
-    rest_length: Int[Array, " facts"]
+    length: Int[Array, " facts"]
     noise: Float[Array, "facts draws rest hidden"]
 
 
 class Mediated(NamedTuple):
     """Probabilities (float32) of the token that the clean run finds most probable, over the draws of noise their mean.
 
-    `restored[kind]` has an entry per position of `rest` and layer; beyond a fact's length they mean nothing. Restoring
-    a position before the subject leaves `corrupted`.
+    `restored[kind]` has an entry per position of `rest` and layer; those of padding mean nothing. Restoring a position
+    before the subject leaves `corrupted`.
     """
 
     answer: Int[Array, " facts"]
     clean: Float[Array, " facts"]
     corrupted: Float[Array, " facts"]
     restored: dict[str, Float[Array, "facts rest layers"]]
+
+
+def blocks(rest: int) -> list[tuple[int, int]]:
+    """(first position, how many) of those restored side by side, which all run from the first of them to the end.
+
+    Their number grows with the distance to the end, so that about a fifth of the work is for positions before a
+    restored one, and a long prompt does not have many more blocks than a short one.
+    """
+    found, done = [], 0
+    while done < rest:
+        many = min(max(2, (1 << done.bit_length()) // 4), rest - done)
+        done += many
+        found.append((rest - done, many))
+    return found
 
 
 def window_of(layer: int, layers: int, window: int) -> tuple[int, int]:
@@ -78,28 +92,28 @@ def mediate(config: ModelConfig, params: PyTree[Array], facts: Facts, kinds: tup
     """
     start = _before(config, params, facts)
     clean = _clean(config, params, facts, start, KINDS)
-    logits = _logits(params, _last(clean.hidden, facts.rest_length))
+    logits = _logits(params, clean.hidden[:, -1])
     answer = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     p_clean = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), answer[:, None], axis=1)[:, 0]
 
     draws, length = facts.noise.shape[1:3]
     wide = functools.partial(jnp.repeat, repeats=draws, axis=0)
     noise = _flat(facts.noise, 2)
+    positions, segments = _places(facts)
     corrupted = build(config, unroll=False).forward(
-        params, None, wide(facts.rest), positions=wide(_positions(facts)), cache=jax.tree.map(_repeated(draws), start),
-        taps=Taps(read=("hidden",), embed_add=noise),
+        params, None, wide(facts.rest), positions=wide(positions), segments=wide(segments),
+        cache=jax.tree.map(_repeated(draws), start), taps=Taps(read=("hidden",), embed_add=noise),
     )  # fmt: skip
     assert corrupted.cache is not None
     entered = embedded(config, params, wide(facts.rest))
     entering = jnp.concatenate([(entered + noise.astype(entered.dtype))[None], corrupted.taps["hidden"][:-1]])
-    at_last = jnp.take_along_axis(corrupted.hidden, wide(facts.rest_length)[:, None, None] - 1, axis=1)[:, 0]
-    p_corrupted = _probability(params, answer, _unflat(at_last, facts.noise.shape[:2]))
+    p_corrupted = _probability(params, answer, _unflat(corrupted.hidden[:, -1], facts.noise.shape[:2]))
 
     plan = _plan(kinds, config.layers, window)
     entering = entering.reshape(config.layers, -1, draws, *entering.shape[2:])
     runs = _Runs(config, params, facts, answer, clean.taps, entering, corrupted.cache)
-    blocks = [runs.block(plan, first, min(BLOCK, length - first)) for first in range(0, length, BLOCK)]
-    found = jnp.concatenate(blocks, axis=2)  # [restored layer of a kind, facts, positions]
+    parts = [runs.block(plan, first, many) for first, many in reversed(blocks(length))]
+    found = jnp.concatenate(parts, axis=2)  # [restored layer of a kind, facts, positions]
     restored, begin = {}, 0
     for kind in kinds:
         count = config.layers - (kind == "hidden")
@@ -107,7 +121,7 @@ def mediate(config: ModelConfig, params: PyTree[Array], facts: Facts, kinds: tup
         begin += count
         if kind == "hidden":
             # Above the last layer nothing mixes positions: putting the last one back is the clean run.
-            last = jnp.arange(length)[None] == facts.rest_length[:, None] - 1
+            last = jnp.arange(length) == length - 1
             own = jnp.concatenate([own, jnp.where(last, p_clean[:, None], p_corrupted[:, None])[..., None]], axis=-1)
         restored[kind] = own
     return Mediated(answer, p_clean, p_corrupted, restored)
@@ -117,18 +131,24 @@ def mediate(config: ModelConfig, params: PyTree[Array], facts: Facts, kinds: tup
 def first_tokens(config: ModelConfig, params: PyTree[Array], facts: Facts) -> tuple[Array, Array]:
     """The most probable next token of each fact's prompt, and its probability: the clean run alone."""
     clean = _clean(config, params, facts, _before(config, params, facts), ())
-    logits = _logits(params, _last(clean.hidden, facts.rest_length))
+    logits = _logits(params, clean.hidden[:, -1])
     return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.max(jax.nn.softmax(logits, axis=-1), axis=-1)
 
 
 class _Plan(NamedTuple):
-    """Restorations of a position, one per entry: where they enter, and the layers [low, high) at which the sub-layer
-    `site` (of KINDS) is put back; for `hidden` the state that enters is put back and nothing after it."""
+    """Restorations of a position, one per entry: the layer they enter at, and the layers [low, high) at which the
+    sub-layer `site` (of KINDS) is put back; for `hidden` the state that enters is put back and nothing after it.
+
+    `shared`: the state that enters is the one kept by the entry before. `keep`: the layer whose entering state is kept
+    for the next entry, or -1.
+    """
 
     enter: Int[Array, " n"]
     low: Int[Array, " n"]
     high: Int[Array, " n"]
     site: Int[Array, " n"]
+    shared: Int[Array, " n"]
+    keep: Int[Array, " n"]
 
 
 def _plan(kinds: tuple[str, ...], layers: int, window: int) -> _Plan:
@@ -137,11 +157,17 @@ def _plan(kinds: tuple[str, ...], layers: int, window: int) -> _Plan:
     for kind in kinds:
         site = KINDS.index(kind)
         if kind == "hidden":
-            rows += [(layer + 1, 0, 0, site) for layer in range(layers - 1)]
-        else:
-            windows = [window_of(layer, layers, window) for layer in range(layers)]
-            rows += [(low, low, high, site) for low, high in windows]
-    return _Plan(*jnp.asarray(rows, jnp.int32).reshape(-1, 4).T)
+            rows += [(layer + 1, 0, 0, site, 0, -1) for layer in range(layers - 1)]
+            continue
+        kept = -1
+        for layer in range(layers):
+            low, high = window_of(layer, layers, window)
+            shared, enter = low == 0 and kept >= 0, low
+            if shared:
+                enter = kept
+            kept = min(high, layers - 1) if low == 0 else -1
+            rows.append((enter, low, high, site, int(shared), kept))
+    return _Plan(*jnp.asarray(rows, jnp.int32).reshape(-1, 6).T)
 
 
 class _Runs(NamedTuple):
@@ -162,46 +188,52 @@ class _Runs(NamedTuple):
             return jnp.zeros((0, self.facts.rest.shape[0], count), jnp.float32)
         length, last = self.facts.rest.shape[1], self.config.layers - 1
         own = jnp.arange(length - first)[None] == jnp.arange(count)[:, None]  # [position restored, position]
-        final = jnp.clip(self.facts.rest_length - 1 - first, 0, length - first - 1)  # of rows that have none: unused
 
-        def one(row: _Plan) -> Array:
+        def one(kept: Array, row: _Plan) -> tuple[Array, Array]:
             x = _layer_of(self.entering, row.enter)[:, None, :, first:]  # [facts, positions, draws, rest, hidden]
             put = _layer_of(self.clean["hidden"], jnp.maximum(row.enter - 1, 0))[:, None, None, first:]
             x = jnp.where(own[None, :, None, :, None] & (row.site == 0), put, x)
-            x = jax.lax.fori_loop(row.enter, last, lambda layer, x: self._run(layer, x, row, own, first, None), x)
-            x = self._run(jnp.asarray(last), x, row, own, first, final)[..., 0, :]
-            return _probability(self.params, self.answer, final_norm(self.config, self.params, x))
+            x = jnp.where(row.shared == 1, kept, x)
 
-        return jax.lax.map(one, plan)
+            def up(layer: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+                x, kept = carry
+                return self._run(layer, x, row, own, first, last=False), jnp.where(layer == row.keep, x, kept)
+
+            x, kept = jax.lax.fori_loop(row.enter, last, up, (x, kept))
+            kept = jnp.where(row.keep == last, x, kept)
+            x = self._run(jnp.asarray(last), x, row, own, first, last=True)[..., 0, :]
+            return kept, _probability(self.params, self.answer, final_norm(self.config, self.params, x))
+
+        many, draws = self.entering.shape[1:3]
+        nothing = jnp.zeros((many, count, draws, length - first, self.entering.shape[-1]), self.entering.dtype)
+        return jax.lax.scan(one, nothing, plan)[1]
 
     def _run(
         self, layer: Array, x: Float[Array, "facts positions draws rest hidden"], row: _Plan,
-        own: Bool[Array, "positions rest"], first: int, at: Int[Array, " facts"] | None,
+        own: Bool[Array, "positions rest"], first: int, *, last: bool,
     ) -> Array:  # fmt: skip
-        """One layer; with `at` its output at these positions only."""
+        """One layer; the last one's output at the last position only."""
         shape = x.shape[:3]
         spread = functools.partial(_spread, shape=shape)
-        where, final = own[None], None
-        if at is not None:
-            final = at[:, None]
-            where = jnp.take_along_axis(jnp.broadcast_to(where, (shape[0], *own.shape)), at[:, None, None], axis=2)
+        end = x.shape[3] - 1
+        place = slice(end, None) if last else slice(None)
         inside = (row.low <= layer) & (layer < row.high)
         taps = {}
         for site in ("mlp", "attention"):
-            value = _layer_of(self.clean[site], layer)[:, first:]
-            value = value if final is None else jnp.take_along_axis(value, final[..., None], axis=1)
+            value = _layer_of(self.clean[site], layer)[:, first:][:, place]
             active = inside & (row.site == KINDS.index(site))
-            taps[site] = (spread((where & active)[:, :, None])[None], spread(value[:, None, None])[None])
+            taps[site] = (spread((own[:, place] & active)[None, :, None])[None], spread(value[:, None, None])[None])
         cache = self._cut(layer, shape, first)
         weights = jax.tree.map(lambda leaf: _layer_of(leaf, layer), self.params["layers"])
+        positions, segments = (spread(part[:, None, None, first:]) for part in _places(self.facts))
 
         def run(slides: bool) -> Array:
             # A model of three layers, whose middle one is run with this layer's weights: no embedding and no norm.
             middle = replace(self.config, layers=3, sliding=(slides,) * 3 if self.config.sliding else ())
             return build(middle, unroll=True).forward(
                 {"layers": (None, weights, None)}, None, _flat(x, 3), cache=cache, taps=Taps(replace=taps),
-                positions=spread(_positions(self.facts)[:, None, None, first:]), layers=(1, 2),
-                at=None if final is None else spread(final[:, None, None]),
+                positions=positions, segments=segments, layers=(1, 2),
+                at=jnp.full((x.shape[0] * x.shape[1] * x.shape[2], 1), end, jnp.int32) if last else None,
             ).hidden  # fmt: skip
 
         kinds = set(self.config.sliding) or {False}
@@ -240,18 +272,16 @@ def _before(config: ModelConfig, params: PyTree[Array], facts: Facts) -> Cache:
     cache = model.init_cache(many, width + facts.rest.shape[1], head(params).dtype)
     if width == 0:
         return cache
-    place = jnp.arange(width, dtype=jnp.int32)[None] - (width - facts.before_length[:, None])
-    out = model.forward(
-        params, None, facts.before, positions=jnp.maximum(place, 0), segments=(place >= 0).astype(jnp.int32),
-        cache=cache,
-    )  # fmt: skip
+    positions, segments = _places(facts, before=True)
+    out = model.forward(params, None, facts.before, positions=positions, segments=segments, cache=cache)
     assert out.cache is not None
     return out.cache
 
 
 def _clean(config: ModelConfig, params: PyTree[Array], facts: Facts, start: Cache, read: tuple[str, ...]) -> Output:
+    positions, segments = _places(facts)
     return build(config, unroll=False).forward(
-        params, None, facts.rest, positions=_positions(facts), cache=start, taps=Taps(read=read)
+        params, None, facts.rest, positions=positions, segments=segments, cache=start, taps=Taps(read=read)
     )
 
 
@@ -264,8 +294,12 @@ def _repeated(draws: int):  # type: ignore[no-untyped-def]
     return one
 
 
-def _positions(facts: Facts) -> Int[Array, "facts rest"]:
-    return facts.before_length[:, None] + jnp.arange(facts.rest.shape[1], dtype=jnp.int32)[None]
+def _places(facts: Facts, *, before: bool = False) -> tuple[Int[Array, "facts part"], Int[Array, "facts part"]]:
+    """Positions and segments of `rest`, or of what comes before it."""
+    width, rest = facts.before.shape[1], facts.rest.shape[1]
+    slots = jnp.arange(width, dtype=jnp.int32) if before else width + jnp.arange(rest, dtype=jnp.int32)
+    place = slots[None] - (width + rest - facts.length[:, None])
+    return jnp.maximum(place, 0), (place >= 0).astype(jnp.int32)
 
 
 def _flat(x: Array, axes: int) -> Array:
@@ -274,10 +308,6 @@ def _flat(x: Array, axes: int) -> Array:
 
 def _unflat(x: Array, shape: tuple[int, ...]) -> Array:
     return x.reshape(*shape, *x.shape[1:])
-
-
-def _last(hidden: Float[Array, "facts length hidden"], length: Int[Array, " facts"]) -> Float[Array, "facts hidden"]:
-    return jnp.take_along_axis(hidden, length[:, None, None] - 1, axis=1)[:, 0]
 
 
 def _logits(params: PyTree[Array], hidden: Float[Array, "facts hidden"]) -> Float[Array, "facts vocab"]:

@@ -10,10 +10,9 @@ import numpy as np
 
 from unlearnjax.data.buckets import round_up
 from unlearnjax.errors import UserError, check_known
-from unlearnjax.evaluation.batches import power_of_two
 from unlearnjax.models.language_model import LanguageModel
 from unlearnjax.tracing.facts import Skipped
-from unlearnjax.tracing.mediation import BLOCK, KINDS, Facts, first_tokens, mediate
+from unlearnjax.tracing.mediation import KINDS, Facts, blocks, first_tokens, mediate
 from unlearnjax.tracing.tokens import Located
 
 # Tokens that go through a layer together: a CPU's caches hold few, an accelerator is fed by more.
@@ -83,6 +82,12 @@ def traced(record: dict[str, Any]) -> Traced:
     return Traced(**{**record, "restored": restored})
 
 
+def padded(length: int) -> int:
+    """Of what is run again for each restoration: an even number, and a multiple of about an eighth of it."""
+    unit = max(2, 1 << max(length.bit_length() - 3, 0))
+    return round_up(length, unit)
+
+
 class Group(NamedTuple):
     """Facts that run together, by their places in the caller's list, and the lengths and the number they are padded
     to: every distinct one is compiled."""
@@ -146,12 +151,14 @@ class Tracer:
         by_lengths: dict[tuple[int, int], list[int]] = {}
         for place in places:
             x = self.located[place]
-            lengths = (round_up(max(x.begin, 1), BEFORE), round_up(len(x.ids) - x.begin, BLOCK))
+            rest = padded(len(x.ids) - x.begin)
+            lengths = (round_up(max(len(x.ids) - rest, 1), BEFORE), rest)
             by_lengths.setdefault(lengths, []).append(place)
         found = []
         for (before, rest), own in sorted(by_lengths.items(), key=lambda item: -sum(item[0])):
-            rows = self.settings.draws * BLOCK if restored else 1
-            many = min(max(1, most // (rows * rest)), power_of_two(len(own)))
+            tokens = self.settings.draws * max(n * (rest - first) for first, n in blocks(rest)) if restored else rest
+            calls = -(-len(own) // max(1, most // tokens))
+            many = -(-len(own) // calls)
             if self.mesh is not None:
                 many = round_up(many, self.mesh.size)
             found += [Group(own[i : i + many], before, rest, many) for i in range(0, len(own), many)]
@@ -170,7 +177,7 @@ class Tracer:
         for kind in self.settings.kinds:
             scores = got.restored[kind]
             whole = np.full((len(x.ids), scores.shape[2]), corrupted, np.float32)  # before the subject: no effect
-            whole[x.begin :] = scores[i, :rest]
+            whole[x.begin :] = scores[i, -rest:]
             restored[kind] = whole
         tokens = [self.tokenizer.decode([t]) for t in x.ids]
         answer = self.tokenizer.decode([int(got.answer[i])])
@@ -183,17 +190,17 @@ class Tracer:
         facts = [self.located[place] for place in group.places]
         facts += [facts[0]] * (group.many - len(facts))
         many, hidden = len(facts), self.config.hidden_size
-        before, rest = np.zeros((many, group.before), np.int32), np.zeros((many, group.rest), np.int32)
+        tokens = np.zeros((many, group.before + group.rest), np.int32)
         noise = np.zeros((many, draws, group.rest, hidden), np.float32)
         for i, x in enumerate(facts):
-            before[i, group.before - x.begin :] = x.ids[: x.begin]
-            rest[i, : len(x.ids) - x.begin] = x.ids[x.begin :]
+            tokens[i, -len(x.ids) :] = x.ids
+            begin = group.rest - len(x.ids) + x.begin
             # As ROME's code draws it, anew for each fact.
             draw = np.random.RandomState(self.settings.seed).randn(draws, x.end - x.begin, hidden)
-            noise[i, :, : x.end - x.begin] = self.sigma * draw
-        begins = np.asarray([x.begin for x in facts], np.int32)
-        lengths = np.asarray([len(x.ids) - x.begin for x in facts], np.int32)
+            noise[i, :, begin : begin + x.end - x.begin] = self.sigma * draw
+        before, rest = tokens[:, : group.before], tokens[:, group.before :]
+        lengths = np.asarray([len(x.ids) for x in facts], np.int32)
         spread = None
         if self.mesh is not None:
             spread = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec(self.mesh.axis_names))
-        return Facts(*(jax.device_put(x, spread) for x in (before, begins, rest, lengths, noise)))
+        return Facts(*(jax.device_put(x, spread) for x in (before, rest, lengths, noise)))
