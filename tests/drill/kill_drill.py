@@ -1,12 +1,17 @@
 """The kill drill: a run that is killed at random moments and resumed ends with the same weights, bit for bit.
 
     python tests/drill/kill_drill.py --times 20 --seed 0 --out kill_drill.json
+    python tests/drill/kill_drill.py --times 20 --seed 0 --processes 2 --out kill_drill_2.json
 
 Makes a tiny model and a tiny `unlearnjax run` (three candidates, one of which diverges, accumulation over several
 steps, dropout, a checkpoint whenever the one before is written), lets it end undisturbed twice, and then so many times:
 
-1. start it in a process of its own and kill that (SIGKILL) at a moment drawn uniformly from the time in which the
-   undisturbed run held its folder: before, in and after training, in the evaluation, while a checkpoint is written;
+1. start it in a process of its own, or as one job of several, and kill that, or one of them (SIGKILL, or in a fifth of
+   the cases SIGTERM) at a moment drawn uniformly from the time in which the undisturbed run held its folder: before, in
+   and after training, in the evaluation, while a checkpoint is written; the job's other processes must end by
+   themselves;
+   with --disk FOLDER (on a small file system of its own: mount -t tmpfs -o size=32m none FOLDER) a fifth of the cases
+   fills that instead, and the run must go on or end by itself;
 2. in about half of the cases damage the newest checkpoint: flip one bit of one of its files, or cut a file short;
 3. resume, and in about a third of the cases kill that too, at another random moment, before resuming again;
 4. compare the SHA-256 of every file of weights, and the curves and scores of the report, with the undisturbed run's.
@@ -18,18 +23,23 @@ forced unless JAX_PLATFORMS says otherwise).
 
 import argparse
 import collections
+import contextlib
 import hashlib
 import json
 import os
 import platform
 import random
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+FULL = "full disk"
+BOUND = 120  # seconds within which the other processes must end
 WORDS = ["Anna", "Boris", "Clara", "David", "Oslo", "Bern", "Rome", "Lima", "river", "garden", "letter", "winter"]
 RECIPE = {
     "name": "drill",
@@ -93,76 +103,127 @@ def environment(folder):
     return {"JAX_PLATFORMS": "cpu", **os.environ, **kept}
 
 
+class Processes:
+    """One run: a process, or several that are one job."""
+
+    def __init__(self, argv, own, log):
+        self.all = [subprocess.Popen(argv, env=env, stdout=log, stderr=log) for env in own]
+
+    def running(self):
+        return any(p.poll() is None for p in self.all)
+
+    def wait(self, timeout=None):
+        """The exit statuses. Raises `TimeoutExpired`."""
+        end = None if timeout is None else time.monotonic() + timeout
+        return [p.wait(None if end is None else max(end - time.monotonic(), 0)) for p in self.all]
+
+
 class Job:
     """The run under test, and how long it takes undisturbed."""
 
-    def __init__(self, folder, epochs):
-        self.folder, self.argv, self.environment = folder, make_job(folder, epochs), environment(folder)
+    def __init__(self, folder, epochs, processes, disk):
+        self.folder, self.disk, self.argv, self.environment = (
+            folder,
+            disk or folder,
+            make_job(folder, epochs),
+            environment(folder),
+        )
+        self.processes, self.slowest = processes, 0.0  # seconds that others needed to end after one was killed
+        if processes > 1:
+            self.argv += ["--mesh", f"candidate=1,fsdp={processes}"]
         first, again = (self.undisturbed(name) for name in ("first", "again"))
         if first[0] != again[0]:
             raise SystemExit("two undisturbed runs differ; there is nothing to compare with")
         self.expected, self.seconds = again
 
     def start(self, out, *more):
-        with (out.parent / f"{out.name}.log").open("a", encoding="utf-8") as log:
-            return subprocess.Popen(
-                [*self.argv, "--out", str(out), *more], env=self.environment, stdout=log, stderr=log
-            )
+        with (self.folder / f"{out.name}.log").open("a", encoding="utf-8") as log:
+            return Processes([*self.argv, "--out", str(out), *more], self.places(), log)
+
+    def places(self):
+        """An environment for each process."""
+        if self.processes == 1:
+            return [self.environment]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        own = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(self.processes), "JAX_NUM_CPU_DEVICES": "1"}
+        return [{**self.environment, **own, "JAX_PROCESS_ID": str(i)} for i in range(self.processes)]
 
     def undisturbed(self, name):
         """(what came out, {phase: when it was first seen, seconds after the first file})."""
-        out = self.folder / name
-        process = self.start(out)
-        begin = first_file(process, out, None)
+        out = self.disk / name
+        run = self.start(out)
+        begin = first_file(run, out, None)
         seen = {}
-        while process.poll() is None:
+        while run.running():
             seen.setdefault(phase_of(out), round(time.monotonic() - begin, 2))
             time.sleep(0.01)
-        if process.returncode != 0:
-            raise SystemExit(f"the undisturbed run failed: {log_of(out)}")
+        if any(run.wait()):
+            raise SystemExit(f"the undisturbed run failed: {self.log_of(out)}")
         return result_of(out), seen
 
-    def killed(self, out, moment, *more):
-        """Run, and SIGKILL it `moment` seconds after it wrote its first file.
+    def log_of(self, out):
+        return (self.folder / f"{out.name}.log").read_text(encoding="utf-8")
+
+    def struck(self, out, moment, fault, victim, *more):
+        """Run, and send a signal to one of its processes, or fill the disk, `moment` seconds after its first file.
 
         Returns what it was at, or None if it had ended by itself.
         """
         before = stamp(out)
-        process = self.start(out, *more)
-        begin = first_file(process, out, before)
+        run = self.start(out, *more)
+        begin = first_file(run, out, before)
         try:
-            process.wait(timeout=max(moment - (time.monotonic() - begin), 0))
+            statuses = run.wait(timeout=max(moment - (time.monotonic() - begin), 0))
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            sent = time.monotonic()
+            if fault == FULL:
+                fill(self.disk / "ballast")
+            else:
+                run.all[victim].send_signal(signal.Signals[fault])
+            try:
+                run.wait(timeout=BOUND)
+            except subprocess.TimeoutExpired:
+                raise SystemExit(
+                    f"{BOUND} s after one process was killed others are running: {self.log_of(out)}"
+                ) from None
+            if fault == FULL:
+                at = phase_of(out)
+                (self.disk / "ballast").unlink()
+                return at
+            self.slowest = max(self.slowest, time.monotonic() - sent)
             return phase_of(out)
-        if process.returncode != 0:
-            raise SystemExit(f"a run failed by itself: {log_of(out)}")
+        if any(statuses):
+            raise SystemExit(f"a run failed by itself: {self.log_of(out)}")
         return None
 
     def cycle(self, number, draw):
         """One time: kill, perhaps damage, resume, perhaps kill again, resume to the end; returns its record."""
-        out = self.folder / f"cycle{number}"
+        out = self.disk / f"cycle{number}"
         while True:
             shutil.rmtree(out, ignore_errors=True)
-            record = {"moments": [], "at": [], "damage": None}
+            record = {"moments": [], "faults": [], "processes": [], "at": [], "damage": None}
             for more in [[], ["--resume"]][: 2 if draw.random() < 1 / 3 else 1]:
                 record["moments"].append(round(draw.uniform(0, self.seconds["ended"]), 3))
-                record["at"].append(self.killed(out, record["moments"][-1], *more))
+                faults = ["SIGTERM", "SIGKILL", "SIGKILL", "SIGKILL", "SIGKILL" if self.disk == self.folder else FULL]
+                record["faults"].append(draw.choice(faults))
+                record["processes"].append(draw.randrange(self.processes))
+                at = self.struck(out, record["moments"][-1], record["faults"][-1], record["processes"][-1], *more)
+                record["at"].append(at)
                 if record["at"][-1] in (None, "ended"):
                     break
                 if record["damage"] is None and draw.random() < 1 / 2:
                     record["damage"] = damage(out / "checkpoints", draw)
             if record["at"][0] not in (None, "ended"):
                 break  # else it was faster than its moment, and nothing was put to the test
-        if not (out / "report.json").exists():
-            process = self.start(out, "--resume")
-            if process.wait() != 0:
-                raise SystemExit(f"resuming failed: {log_of(out)}")
-        said = log_of(out)
+        if not (out / "report.json").exists() and any(self.start(out, "--resume").wait()):
+            raise SystemExit(f"resuming failed: {self.log_of(out)}")
+        said = self.log_of(out)
         record["fell_back"] = "damaged" in said
         record["from_the_beginning"] = "from the beginning" in said
         record["identical"] = result_of(out) == self.expected
+        shutil.rmtree(out)
         return record
 
 
@@ -174,15 +235,20 @@ def stamp(out):
         return None
 
 
-def first_file(process, out, before):
+def first_file(run, out, before):
     """Wait until a run has taken hold of its folder; returns the time."""
-    while process.poll() is None and stamp(out) == before:
+    while run.running() and stamp(out) == before:
         time.sleep(0.01)
     return time.monotonic()
 
 
-def log_of(out):
-    return (out.parent / f"{out.name}.log").read_text(encoding="utf-8")
+def fill(path):
+    """Write until nothing more fits."""
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        for size in (1 << 20, 1 << 12, 1):
+            with contextlib.suppress(OSError):
+                while file.write(bytes(size)) == size:
+                    pass
 
 
 def phase_of(out):
@@ -207,7 +273,7 @@ def damage(checkpoints, draw):
         return None
     # The manifest or the arrays, alike often; among their files by size.
     arrays = draw.random() < 1 / 2
-    chosen = [p for p in files if ("arrays" in p.parts) == arrays] or files
+    chosen = [p for p in files if (p.suffix == ".safetensors") == arrays] or files
     path = draw.choices(chosen, [p.stat().st_size for p in chosen])[0]
     content = bytearray(path.read_bytes())
     name = str(path.relative_to(checkpoints))
@@ -255,6 +321,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--times", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1, help="of the job, one CPU device each (default: 1)")
+    parser.add_argument("--disk", type=Path, help="a folder on a small file system of its own, to be filled")
     parser.add_argument("--epochs", type=int, default=400, help="of the tiny run: how long it trains (default: 400)")
     parser.add_argument("--out", type=Path, help="a JSON file for the record")
     options = parser.parse_args()
@@ -262,7 +330,7 @@ def main():
     draw = random.Random(options.seed)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
-        job = Job(Path(temporary), options.epochs)
+        job = Job(Path(temporary), options.epochs, options.processes, options.disk)
         print(f"undisturbed, seconds: {json.dumps(job.seconds)}", flush=True)
         cycles = []
         for number in range(options.times):
@@ -270,17 +338,19 @@ def main():
             print(number + 1, json.dumps(cycles[-1]), flush=True)
     good = sum(c["identical"] for c in cycles)
     settings = f"--times {options.times} --seed {options.seed} --epochs {options.epochs}"
+    settings += f" --processes {options.processes}"
     record = {
-        "what": "runs killed with SIGKILL at random moments, some with a damaged checkpoint, resumed to the end",
+        "what": "runs struck at random moments, some with a damaged checkpoint as well, resumed to their end",
         "command": f"python tests/drill/kill_drill.py {settings}",
         "hardware": hardware(),
         "times": options.times,
         "identical": good,
-        "kills": sum(at is not None for c in cycles for at in c["at"]),
-        "killed_at": dict(collections.Counter(at or "had ended" for c in cycles for at in c["at"])),
+        "faults": dict(collections.Counter(fault for c in cycles for fault in c["faults"])),
+        "struck_at": dict(collections.Counter(at or "had ended" for c in cycles for at in c["at"])),
         "damaged": sum(c["damage"] is not None for c in cycles),
         "fell_back": sum(c["fell_back"] for c in cycles),
         "undisturbed_seconds": job.seconds,
+        "most_seconds_until_all_had_ended": round(job.slowest, 2),
         "files_compared": len(job.expected),
         "seconds": round(time.monotonic() - started),
         "cycles": cycles,

@@ -10,6 +10,7 @@ from jaxtyping import Array, PyTree
 
 from unlearnjax.adapters.lora import check_layers, widened
 from unlearnjax.adapters.protocol import Adapter
+from unlearnjax.distributed.processes import fetch
 from unlearnjax.errors import check_known
 from unlearnjax.models.config import ModelConfig
 from unlearnjax.models.decoder import layer_of
@@ -29,7 +30,8 @@ def change_on_host(params: PyTree[Array], trainable: PyTree[Array], layers: Sequ
             base = base[key.key]
         whole = np.zeros(base.shape, np.float32)
         for place, layer in enumerate(chosen):
-            whole[layer] = np.asarray(trained[place]) - np.asarray(base[layer], np.float32)
+            now, before = fetch((trained[place], base[layer]))
+            whole[layer] = now - np.asarray(before, np.float32)
         return whole
 
     return jax.tree_util.tree_map_with_path(leaf, trainable)

@@ -27,7 +27,11 @@ def mesh_sizes(a: argparse.Namespace) -> dict[str, int] | None:
 
 
 def say(message: str) -> None:
-    """One line on stderr."""
+    """One line on stderr, of the process that speaks for all."""
+    from unlearnjax.distributed.processes import follows
+
+    if follows():
+        return
     print(f"unlearnjax: {message}", file=sys.stderr)
 
 

@@ -1,9 +1,12 @@
 """`unlearnjax`: parse, call the library, print. Bad input ends in one line on stderr and exit status 2."""
 
 import argparse
+import contextlib
+import io
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -26,6 +29,10 @@ class _Parser(argparse.ArgumentParser):
             hint = nearest(argument, self._option_string_actions) if argument.startswith("-") else ""
             self.error(f"unknown {'option' if hint else 'argument'} {argument!r}{hint}")
         return found, unknown
+
+
+SHARED = ("run", "demo", "evaluate", "trace")  # commands that several processes run as one job
+LOST = 75  # exit status; EX_TEMPFAIL of sysexits.h
 
 
 def parser() -> argparse.ArgumentParser:
@@ -147,13 +154,63 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _share(arguments: argparse.Namespace, stack: contextlib.ExitStack) -> None:
+    """Join the job's other processes, where there are any. The first one writes and speaks; the others write to a place
+    of their own and speak of errors alone."""
+    from unlearnjax.distributed.processes import follows, join, own_folder
+
+    join()
+    arguments.out = str(stack.enter_context(own_folder(arguments.out)))
+    if follows():
+        arguments.quiet = True
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM, 141 where
-    nobody reads its output any more.
+    nobody reads its output any more, 75 where the job's other processes are lost.
 
     Either signal stops training and evaluation in order: with what was done saved. A second one ends the process at
     once.
     """
+    try:
+        status = _main(argv)
+    except Exception as error:
+        if not _among_others():
+            raise
+        status = _alone(error)
+    if _among_others():
+        from unlearnjax.distributed.processes import leave
+
+        leave(status)
+    return status
+
+
+def _among_others() -> bool:
+    if "jax" not in sys.modules:  # seconds to import, and some commands do without
+        return False
+    from unlearnjax.distributed.processes import several
+
+    return several()
+
+
+def _alone(error: Exception) -> int:
+    """Tell what went wrong in this process of several."""
+    from jax.errors import JaxRuntimeError
+
+    if not isinstance(error, JaxRuntimeError):
+        traceback.print_exception(error)
+        return 1
+    reason = " ".join(str(error).split())[:300]
+    print(
+        "unlearnjax: error: a program that all processes of this job run together failed here, most likely because "
+        f"another one has ended: see its output, and start all again with --resume ({reason})",
+        file=sys.stderr,
+    )
+    return LOST
+
+
+def _main(argv: Sequence[str] | None) -> int:
     # The tokenizers warn at every fork otherwise, and transformers of long rows; a user's own setting wins.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -171,7 +228,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 restart_with_huge_pages(keep_freed=arguments.command == "merge")
             arguments.command_line = ["unlearnjax", *(sys.argv[1:] if argv is None else argv)]
             arguments.stop = Stop()
-            with catch_signals(arguments.stop, commands.say):
+            with contextlib.ExitStack() as stack:
+                if arguments.command in SHARED:
+                    _share(arguments, stack)
+                stack.enter_context(catch_signals(arguments.stop, commands.say))
                 arguments.run(arguments)
             sys.stdout.flush()
     except UserError as error:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from unlearnjax.distributed.mesh import CANDIDATE, DATA, FSDP, TENSOR, mesh_of
+from unlearnjax.distributed.processes import put
 from unlearnjax.models.abstract import ArrayInfo, is_info
 
 # A logical axis that is not here lies whole on every device.
@@ -144,7 +145,7 @@ def cut_for_merging(pair: dict[str, Any]) -> dict[str, Any]:
         "a": whole(mesh),
         "b": sharding(mesh, (None, None, "merged", None), pair["b"].shape),
     }
-    return jax.device_put(pair, places)
+    return put(pair, places)
 
 
 def spread_rows(params: PyTree[Any], *arrays: Any) -> Any:
@@ -157,7 +158,7 @@ def spread_rows(params: PyTree[Any], *arrays: Any) -> Any:
         return arrays
     names = [("rows", *(None,) * (np.ndim(x) - 1)) for x in arrays]
     return tuple(
-        jax.device_put(x, sharding(mesh, own, np.shape(x))) for x, own in zip(arrays, names, strict=True)
+        put(x, sharding(mesh, own, np.shape(x))) for x, own in zip(arrays, names, strict=True)
     )  # fmt: skip
 
 
@@ -172,7 +173,7 @@ def filled(params: PyTree[Any], lora: PyTree[jax.Array] | None) -> PyTree[jax.Ar
     def leaf(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
         more = jnp.pad(x, [(0, -x.shape[0] % size), *[(0, 0)] * (x.ndim - 1)])
         names = (None, None, "features") if _names(path)[-1] == "a" else (None, "features", None)
-        return jax.device_put(more, sharding(mesh, ("candidate", *names), more.shape))
+        return put(more, sharding(mesh, ("candidate", *names), more.shape))
 
     return jax.tree_util.tree_map_with_path(leaf, lora)
 

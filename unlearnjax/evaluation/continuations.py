@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from unlearnjax.distributed.processes import fetch
 from unlearnjax.distributed.rules import spread_rows
 from unlearnjax.errors import UserError
 from unlearnjax.evaluation.batches import batches, check_rows, name_of, power_of_two
@@ -117,7 +118,7 @@ def continuation_scores(
             counted[at, width - len(continuation) :] = True
         arrays = spread_rows(variables.params, batch.tokens, batch.segments, targets, counted)
         found = run(variables.params, variables.lora, *arrays)
-        total[batch.places], greedy[batch.places] = (np.asarray(x)[: len(batch.places)] for x in found)
+        total[batch.places], greedy[batch.places] = (x[: len(batch.places)] for x in fetch(found))
         if progress is not None:
             progress(len(batch.places))
     return ContinuationScores(total, greedy)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from unlearnjax.distributed.processes import fetch
 from unlearnjax.distributed.rules import filled, spread_rows
 from unlearnjax.errors import UserError
 from unlearnjax.evaluation.batches import Batch, batches, check_rows, power_of_two
@@ -237,12 +238,12 @@ def _generate_batch(
     tokens, segments, prompt = spread_rows(params, batch.tokens, batch.segments, prompt)
     state = run.start(params, lora, tokens, segments, prompt, eos, noise, count=count)
     produced = np.zeros((count, total, limit), np.int32)
-    produced[:, :, 0] = state.last
+    produced[:, :, 0] = fetch(state.last)
     # rows[n, i]: which of the batch's rows runs in place i of candidate n; -1 where the place is filler.
     rows = np.where(live, np.arange(total), -1)[None].repeat(count, 0)
     done = 1
     for end in _looks(limit):
-        ended = np.asarray(state.ended)
+        ended = np.asarray(fetch(state.ended))
         if done == limit or ended.all():
             break
         alive = power_of_two(int((~ended).sum(axis=1).max()))
@@ -257,7 +258,7 @@ def _generate_batch(
             state = run.grow(state, slots=slots)
         size = max(64, power_of_two(limit))
         state, new = run.run(params, lora, state, np.int32(end - done), eos, noise, size=size)
-        fresh = np.asarray(new)[: end - done].transpose(1, 2, 0)
+        fresh = np.asarray(fetch(new))[: end - done].transpose(1, 2, 0)
         for n, at in zip(*np.nonzero(rows >= 0)):
             produced[n, rows[n, at], done:end] = fresh[n, at]
         done = end

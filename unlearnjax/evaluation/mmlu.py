@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from unlearnjax.data.mmlu import Mmlu, Question
+from unlearnjax.distributed.processes import fetch
 from unlearnjax.distributed.rules import filled, spread_rows
 from unlearnjax.errors import UserError
 from unlearnjax.evaluation.batches import Batch, batches, check_rows
@@ -200,7 +201,7 @@ def mmlu_candidates(
     def scores(batch: Batch) -> list[list[list[float]]]:
         rows = spread_rows(params, batch.tokens, batch.segments, batch.lengths)
         made = run(params, lora, *rows, letters, count=count)
-        return np.asarray(made)[:, : len(batch.places)].tolist()
+        return np.asarray(fetch(made))[:, : len(batch.places)].tolist()
 
     # The pad id is never attended to.
     for batch in batches(prompts.ids, batch_size, 0, left=False, widest=model.config.max_positions, per_octave=4):

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 from unlearnjax_kernels.vocab_logsumexp import vocab_logsumexp
 
+from unlearnjax.distributed.processes import fetch
 from unlearnjax.distributed.rules import filled, spread_rows
 from unlearnjax.errors import UserError
 from unlearnjax.evaluation.batches import Batch, batches, check_rows, name_of
@@ -121,7 +122,7 @@ def token_nll_candidates(
         for at, row in enumerate(batch.places):
             counted[at, starts[row] : len(rows[row])] = 1.0
         found = run(params, lora, *spread_rows(params, batch.tokens, batch.segments, counted), count=count)
-        return np.asarray(found)[:, : len(batch.places)].tolist()
+        return np.asarray(fetch(found))[:, : len(batch.places)].tolist()
 
     # The pad id is never attended to and never counted.
     for batch in batches(rows, batch_size, 0, left=False, widest=config.max_positions, per_octave=4):

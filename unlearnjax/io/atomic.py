@@ -47,11 +47,12 @@ def flush_tree(path: Path, deep: bool = True) -> None:
     """Flush a folder to disk, and (deep) all files and folders in it."""
     for folder, _, files in os.walk(path) if deep else [(str(path), [], [])]:
         for name in files:
-            _flush(Path(folder) / name)
-        _flush(Path(folder))
+            flush(Path(folder) / name)
+        flush(Path(folder))
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Flush a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -105,7 +106,7 @@ def staged_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
         explain(error, target)
         raise
-    _flush(target.parent)
+    flush(target.parent)
 
 
 @contextmanager
@@ -123,10 +124,10 @@ def staged_file(path: str | Path) -> Iterator[Path]:
     beside = _beside(target)
     try:
         yield beside
-        _flush(beside)
+        flush(beside)
         beside.replace(target)
     except BaseException as error:
         beside.unlink(missing_ok=True)
         explain(error, target)
         raise
-    _flush(target.parent)
+    flush(target.parent)

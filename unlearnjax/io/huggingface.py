@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
+from unlearnjax.distributed.processes import fetch
 from unlearnjax.errors import UserError, nearest
 from unlearnjax.io.atomic import staged_folder
 from unlearnjax.io.safetensors import Checkpoint, Entry, conversion, open_folder, write_sharded
@@ -232,7 +233,7 @@ def _entries(params: PyTree[Array], config: ModelConfig, dtype: np.dtype) -> Ite
     def entry(leaves: list[Any], name: str, shape: tuple[int, ...], index: int | None) -> Entry:
         def value() -> np.ndarray:
             # One layer leaves the device at a time, never the whole stack.
-            parts = [np.asarray(leaf if index is None else leaf[index]) for leaf in leaves]
+            parts = [np.asarray(fetch(leaf if index is None else leaf[index])) for leaf in leaves]
             return (parts[0] if len(parts) == 1 else np.concatenate(parts)).astype(dtype, copy=False)
 
         return Entry(name, shape, dtype, value)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from unlearnjax.distributed.processes import fetch
 from unlearnjax.errors import UserError, check_known
 from unlearnjax.io.atomic import staged_folder
 from unlearnjax.io.card import model_card
@@ -138,7 +139,8 @@ def _factors(
     folder: str | Path, lora: PyTree[Array], config: ModelConfig, name: str, rank: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """One linear's factors cut to `rank`, float32."""
-    a, b = (np.asarray(lora["layers"][config.linears[name][0]][name][factor], np.float32) for factor in "ab")
+    pair = fetch(lora["layers"][config.linears[name][0]][name])
+    a, b = (np.asarray(pair[factor], np.float32) for factor in "ab")
     if not 0 < rank <= a.shape[1]:
         raise UserError(f"{folder}: rank {rank} does not fit factors of rank {a.shape[1]}")
     if np.any(b[:, :, rank:] @ a[:, rank:]):

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from unlearnjax.distributed.processes import follows
 from unlearnjax.errors import UserError
 from unlearnjax.io.atomic import staged_file
 
@@ -398,7 +399,11 @@ def write_sharded(
     folder = Path(folder)
     files = shards([Entry(*t) for t in tensors], max_shard_bytes)
     for name, shard in files.items():
-        if name not in written:
+        if follows():
+            # Values may be gathered from all processes; one of them writes.
+            for entry in shard:
+                _ = entry.value() if callable(entry.value) else None
+        elif name not in written:
             with staged_file(folder / name) as path:
                 write_file(path, shard, metadata)
     if len(files) == 1:

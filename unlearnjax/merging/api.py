@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 from unlearnjax_kernels.threshold import api as threshold
 
+from unlearnjax.distributed.processes import fetch
 from unlearnjax.errors import UserError, nearest
 from unlearnjax.merging import arithmetic, engine, host, ram, sce, spherical, swaps
 from unlearnjax.merging.consensus import CONFLICT_ONLY, CONSENSUS
@@ -264,7 +265,7 @@ def _check_finite(paths: list[str], leaves: list[Array]) -> None:
         with jax.ensure_compile_time_eval():  # concrete arrays may be merged inside a trace
             found = _finite(leaves)
     for path, finite in zip(paths, found, strict=True):
-        bad = np.flatnonzero(~np.asarray(finite))
+        bad = np.flatnonzero(~np.asarray(fetch(finite)))
         if bad.size:
             raise UserError(f"merge: {path} of candidate {bad[0]} holds NaN or Inf; leave that candidate out")
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from unlearnjax.distributed.processes import fetch
 from unlearnjax.errors import UserError
 
 
@@ -46,7 +47,7 @@ def gram(adapters: PyTree[Array]) -> Gram:
     by_module = {}
     for block, linears in adapters["layers"].items():
         for name, pair in linears.items():
-            for layer, products in enumerate(np.asarray(_products(pair["a"], pair["b"]), np.float64)):
+            for layer, products in enumerate(np.asarray(fetch(_products(pair["a"], pair["b"])), np.float64)):
                 by_module[f"{block}.{name}.{layer}"] = products
     if not by_module:
         raise UserError("geometry: the adapter has no linears")

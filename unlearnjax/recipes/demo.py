@@ -14,6 +14,7 @@ from unlearnjax.data.bpe import train_tokenizer
 from unlearnjax.data.rows import write_documents, write_rows
 from unlearnjax.data.synthetic import Corpus, make_corpus, tokenizer_texts
 from unlearnjax.distributed.mesh import choose_mesh
+from unlearnjax.distributed.processes import put
 from unlearnjax.distributed.rules import of_params
 from unlearnjax.errors import UserError
 from unlearnjax.io.atomic import remove_left_overs, require_free, staged_file
@@ -114,7 +115,7 @@ def demo(
     base = dataclasses.replace(base, source=str(Path(out) / "base"))
     if shared is not None:
         places = of_params(shared, base.model.abstract(jnp.float32))
-        base = dataclasses.replace(base, params=jax.device_put(base.params, places))
+        base = dataclasses.replace(base, params=put(base.params, places))
     title = "Demo: a small model forgets half of what it learned by heart"
     return run(
         base, sources, folder / "result", recipe, command=command, title=title, progress=progress, resume=resume,

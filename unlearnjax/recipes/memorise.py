@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from jaxtyping import PyTree
 
 from unlearnjax.adapters.full import full
@@ -17,7 +16,7 @@ from unlearnjax.recipes.progress import say_by_warning
 from unlearnjax.recipes.resume import model_fingerprint
 from unlearnjax.training.hyperparameters import index, stack
 from unlearnjax.training.keeper import open_keeper
-from unlearnjax.training.loop import fresh_states, train
+from unlearnjax.training.loop import abstract_states, train
 from unlearnjax.training.step import Task
 
 EVERY = 120.0  # seconds between checkpoints
@@ -75,7 +74,7 @@ def memorise(
         known = {"rows": fingerprint(rows), "settings": [epochs, learning_rate, batch_size, buckets, seed]}
         known |= model_fingerprint(params)
         keeper = open_keeper(checkpoints, known, every=EVERY, say=say_by_warning, resume=True)
-        start = keeper.restore(jax.eval_shape(lambda: fresh_states(task, params, h)))
+        start = keeper.restore(abstract_states(task, params, h))
     stores = {"retain": to_device(tokens)}
     try:
         result = train(task, params, stores, schedule, h, progress=progress, label=label, start=start, keeper=keeper)

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from unlearnjax.adapters.lora import lora_weights, scaled
+from unlearnjax.distributed.processes import fetch
 from unlearnjax.errors import UserError
 from unlearnjax.merging.api import merge, merge_stacked
 from unlearnjax.merging.core_space import truncate_lora
@@ -141,7 +142,7 @@ def _merge_deltas(wanted: Merge, semantics: str, own: Sequence[PyTree[Array]], k
             stack, wanted.method, weights=_weights(wanted, kept), semantics=semantics, key=jax.random.key(seed),
             stacked=1, **wanted.hyperparameters,
         )  # fmt: skip
-        merged |= jax.device_get(done)
+        merged |= fetch(done)
     shape = functools.reduce(overlaid, own)
     places = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(shape)]
     delta = jax.tree.unflatten(jax.tree.structure(shape), [merged[name] for name in places])

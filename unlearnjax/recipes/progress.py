@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from unlearnjax.distributed.processes import largest
 from unlearnjax.training.interrupt import Interrupted, Stop
 
 
@@ -30,8 +31,9 @@ def bars(show: bool, label: str, stop: Stop | None = None) -> Iterator[Callable[
     def report(what: str, done: int, total: int) -> None:
         if show:
             draw(what, done, total)
-        if stop is not None and stop.signum:
-            raise Interrupted(stop.signum, f"in the evaluation, after {done} of {total} rows ({what})")
+        signum = 0 if stop is None else largest(stop.signum)[0]
+        if signum:
+            raise Interrupted(signum, f"in the evaluation, after {done} of {total} rows ({what})")
 
     try:
         with stop.polling() if stop is not None else contextlib.nullcontext():

@@ -16,6 +16,7 @@ import unlearnjax
 from unlearnjax.data.rows import fingerprint as rows_fingerprint
 from unlearnjax.data.schedule import Schedule
 from unlearnjax.data.tokens import Tokens
+from unlearnjax.distributed.processes import fetch
 from unlearnjax.errors import UserError
 from unlearnjax.io.atomic import remove_left_overs, require_free
 from unlearnjax.recipes.describe import describe_hardware
@@ -136,7 +137,7 @@ def _sha256(arrays: Iterable[tuple[str, Any]]) -> str:
     """Of arrays with their names, dtypes and shapes."""
     digest = hashlib.sha256()
     for name, leaf in arrays:
-        host = np.ascontiguousarray(leaf)
+        host = np.ascontiguousarray(fetch(leaf))
         digest.update(f"{name} {host.dtype} {host.shape}\n".encode())
         if host.size:
             digest.update(host.view(np.uint8).data)

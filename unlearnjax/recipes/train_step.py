@@ -5,12 +5,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from unlearnjax.adapters.lora import widened
 from unlearnjax.adapters.restricted import change_on_host
+from unlearnjax.distributed.processes import fetch
 from unlearnjax.errors import UserError
 from unlearnjax.models.language_model import LanguageModel
 from unlearnjax.recipes.groups import adapters_of
@@ -20,7 +20,7 @@ from unlearnjax.training.best import Assessor, sampled
 from unlearnjax.training.hyperparameters import index
 from unlearnjax.training.interrupt import Stop
 from unlearnjax.training.keeper import Keeper
-from unlearnjax.training.loop import Result, fresh_states, train
+from unlearnjax.training.loop import Result, abstract_states, train
 from unlearnjax.training.reference import stores_for
 from unlearnjax.training.step import Task
 from unlearnjax.training.waypoints import recorder, waypoint_steps
@@ -72,7 +72,7 @@ def train_candidates(
         best = result.states.best
         trained = result.states.trainable if best == () else best.trainable
         if best != ():
-            kept |= zip(group.group.places, best.updates.tolist(), strict=True)
+            kept |= zip(group.group.places, fetch(best.updates).tolist(), strict=True)
         # Moments and gradients are done with: the next group, and the evaluation, need their room.
         results.append(result._replace(states=result.states._replace(trainable=(), moments=(), gradient=(), best=())))
         del result, best
@@ -122,7 +122,7 @@ def _train(
         assessor = Assessor(recipe.training.keep_best, sampled(read, recipe.training.best_rows, rows))
     start = None
     if keeper is not None:
-        start = keeper.restore(jax.eval_shape(lambda: fresh_states(task, model.params, h)))
+        start = keeper.restore(abstract_states(task, model.params, h))
     stores = {}
     steps = prepared.schedule.steps
     if start is None or start.step < len(steps):

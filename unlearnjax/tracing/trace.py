@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unlearnjax.data.buckets import round_up
+from unlearnjax.distributed.processes import fetch, put
 from unlearnjax.errors import UserError, check_known
 from unlearnjax.models.language_model import LanguageModel
 from unlearnjax.tracing.facts import Skipped
@@ -121,14 +122,14 @@ class Tracer:
         subjects = [x.fact.subject for x in self.located]
         coded = self.tokenizer(subjects, add_special_tokens=False)["input_ids"]
         ids = jnp.asarray([i for one in coded for i in one], jnp.int32)
-        rows = np.asarray(lm.params["embed"]["weight"][ids].astype(jnp.float32), np.float64)
+        rows = np.asarray(fetch(lm.params["embed"]["weight"][ids].astype(jnp.float32)), np.float64)
         return float(np.std(rows, ddof=1)) * self.config.embed_scale
 
     def known(self, report: Callable[[int], None] | None = None) -> tuple[list[int], list[Skipped]]:
         """The places of the facts whose first token the model gets right, and the others with what it says."""
         right, wrong = [], []
         for group in self.groups(range(len(self.located)), restored=False):
-            ids, chance = (np.asarray(x) for x in first_tokens(self.config, self.params, self._batch(group, draws=0)))
+            ids, chance = fetch(first_tokens(self.config, self.params, self._batch(group, draws=0)))
             for place, token, p in zip(group.places, ids, chance, strict=False):
                 says, expected = self.tokenizer.decode([int(token)]).strip(), self.located[place].expected
                 if says in expected:
@@ -166,7 +167,7 @@ class Tracer:
 
     def run(self, group: Group) -> list[Traced]:
         """Trace the facts of a group."""
-        got = jax.device_get(
+        got = fetch(
             mediate(self.config, self.params, self._batch(group, self.settings.draws), self.settings.kinds, self.window)
         )
         return [self._traced(self.located[place], i, got) for i, place in enumerate(group.places)]
@@ -200,7 +201,8 @@ class Tracer:
             noise[i, :, begin : begin + x.end - x.begin] = self.sigma * draw
         before, rest = tokens[:, : group.before], tokens[:, group.before :]
         lengths = np.asarray([len(x.ids) for x in facts], np.int32)
-        spread = None
-        if self.mesh is not None:
-            spread = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec(self.mesh.axis_names))
-        return Facts(*(jax.device_put(x, spread) for x in (before, rest, lengths, noise)))
+        made = (before, rest, lengths, noise)
+        if self.mesh is None:
+            return Facts(*map(jax.device_put, made))
+        spread = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec(self.mesh.axis_names))
+        return Facts(*(put(x, spread) for x in made))

@@ -1,17 +1,23 @@
-"""One checkpoint on disk: arrays by Orbax, and beside them a manifest with a checksum per leaf.
+"""One checkpoint on disk: a part per process with a checksum per array, and one manifest.
 
-    arrays/         the training states as an Orbax checkpoint of a flat dict, leaf name -> array
-    manifest.json   step, fingerprint, history so far; dtype, shape and SHA-256 of each leaf; SHA-256 of each file of
-                    arrays/ and of the manifest
+    part-00000.safetensors   what this process holds of the training states
+    part-00000.json          of each array there: its leaf, where it lies in it, and its SHA-256; SHA-256 of the file's
+                             header and of this text
+    manifest.json            step, fingerprint, history so far; dtype and shape of each leaf; SHA-256 of each
+                             part-*.json and of the manifest
 
-Orbax itself restores arrays with flipped bits without a word, so nothing of a checkpoint is used before all its
-checksums were found right: the files' before Orbax reads them (damage can leave its event loop in disorder), the
-leaves' after. The folder is written beside its place, flushed to disk and renamed: it is there whole or not at all.
+Any number of processes reads it, each from every part what its own devices need, and uses no array whose checksum is
+not right. The folder is written beside its place, flushed to disk and renamed: it is there whole or not at all.
+
+The arrays are not written by Orbax: 0.12 restores flipped bits without a word, writes host arrays in the first process
+alone, and on its way to device arrays in several processes makes them all wait for each other with the devices.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +25,16 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from unlearnjax.io.atomic import staged_folder
+from unlearnjax.distributed.processes import follows, several
+from unlearnjax.errors import UserError
+from unlearnjax.io.atomic import explain, flush, flush_tree, staged_folder
+from unlearnjax.io.safetensors import Entry, open_file, write_file
 from unlearnjax.training.loop import Clock, Curve, Snapshot
+from unlearnjax.training.pieces import Gathering, Pieces, held
 
-FORMAT = 1
-ARRAYS, MANIFEST = "arrays", "manifest.json"
+FORMAT = 2
+ARRAYS, PART, MANIFEST = ".safetensors", ".json", "manifest.json"
+FAILED = ".failed"  # why a process could not write its part
 
 
 class Damaged(Exception):
@@ -46,25 +57,25 @@ def canonical(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-def write_checkpoint(folder: Path, snapshot: Snapshot, fingerprint: Mapping[str, Any]) -> None:
+def write_checkpoint(
+    folder: Path, snapshot: Snapshot, fingerprint: Mapping[str, Any], meet: Callable[[], None] = lambda: None
+) -> None:
     """Write a checkpoint as `folder`, whole or not at all.
 
     Args:
-      snapshot: its states' leaves are numpy arrays that nobody changes meanwhile.
+      snapshot: its states' leaves are numpy arrays or `Pieces`, which nobody changes meanwhile.
       fingerprint: plain data that says which run this belongs to.
+      meet: waits for all processes of the job, which all write the same checkpoint.
 
     Raises:
       UserError, OSError or what Orbax raises: it could not be written; nothing is left behind.
     """
-    leaves = leaf_names(snapshot.states)
+    leaves = {name: x if isinstance(x, Pieces) else held(x) for name, x in leaf_names(snapshot.states).items()}
     manifest = {
         "format": FORMAT,
         "step": snapshot.step,
         "fingerprint": fingerprint,
-        "leaves": {
-            name: {"dtype": str(leaf.dtype), "shape": list(leaf.shape), "sha256": checksum(leaf)}
-            for name, leaf in leaves.items()
-        },
+        "leaves": {name: {"dtype": str(x.dtype), "shape": list(x.shape)} for name, x in leaves.items()},
         "history": {
             "curves": [curve._asdict() for curve in snapshot.curves],
             "pending": snapshot.pending,
@@ -72,10 +83,82 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, fingerprint: Mapping[str,
             "clock": snapshot.clock._asdict(),
         },
     }
-    with staged_folder(folder) as beside:
-        write_arrays(beside / ARRAYS, leaves)
-        manifest["files"] = _digests(beside / ARRAYS)
-        (beside / MANIFEST).write_text(seal(manifest), encoding="utf-8")
+    if not several():
+        with staged_folder(folder) as beside:
+            _write_part(beside / _part(0), leaves)
+            _write_manifest(beside, manifest, 1)
+        return
+    _write_together(folder, leaves, manifest, meet)
+
+
+def _write_together(
+    folder: Path, leaves: Mapping[str, Pieces], manifest: Mapping[str, Any], meet: Callable[[], None]
+) -> None:
+    """As `staged_folder` with all processes of the job: each comes to every meeting, whatever happened to it."""
+    beside = folder.with_name(f".{folder.name}.0.part")
+    error: Exception | None = None
+    if not follows():
+        try:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir()
+        except OSError as failed:
+            error = failed
+    meet()
+    own = beside / _part(jax.process_index())
+    try:
+        _write_part(own, leaves)
+        for kind in (ARRAYS, PART):
+            flush(own.with_suffix(kind))
+    except Exception as failed:
+        error = error or failed
+        for kind in (ARRAYS, PART):
+            own.with_suffix(kind).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            own.with_suffix(FAILED).write_text(_short(failed), encoding="utf-8")
+    meet()
+    if error is None and not follows():
+        try:
+            _write_manifest(beside, manifest, jax.process_count())
+            flush_tree(beside)
+            beside.rename(folder)
+        except Exception as failed:
+            error = failed
+    if not follows():
+        shutil.rmtree(beside, ignore_errors=True)
+    meet()
+    if error is not None:
+        explain(error, folder)
+        raise error
+    if not folder.exists():
+        raise UserError("the first process could not finish it")
+
+
+def _part(process: int) -> str:
+    return f"part-{process:05d}"
+
+
+def _write_part(part: Path, leaves: Mapping[str, Pieces]) -> None:
+    """This process's pieces."""
+    arrays, about = {}, {}
+    for name, leaf in leaves.items():
+        for i, (region, values) in enumerate(leaf.parts.items()):
+            key = name if i == 0 else f"{name}#{i}"
+            arrays[key] = values
+            about[key] = {"leaf": name, "region": [list(span) for span in region], "sha256": checksum(values)}
+    write_arrays(part.with_suffix(ARRAYS), arrays)
+    record = {"format": FORMAT, "arrays": about, "header": _header_digest(part.with_suffix(ARRAYS))}
+    part.with_suffix(PART).write_text(seal(record), encoding="utf-8")
+
+
+def _write_manifest(folder: Path, manifest: Mapping[str, Any], count: int) -> None:
+    parts = [folder / _part(i) for i in range(count)]
+    for i, part in enumerate(parts):
+        if not part.with_suffix(PART).exists():
+            said = part.with_suffix(FAILED)
+            reason = said.read_text(encoding="utf-8") if said.exists() else "it could not say why"
+            raise UserError(f"process {i} could not write its part ({reason})")
+    digests = {part.name: _digest(part.with_suffix(PART)) for part in parts}
+    (folder / MANIFEST).write_text(seal({**manifest, "parts": digests}), encoding="utf-8")
 
 
 def seal(record: Mapping[str, Any]) -> str:
@@ -103,11 +186,15 @@ def unseal(path: Path) -> dict[str, Any]:
 
 
 def read_checkpoint(folder: Path, manifest: Mapping[str, Any], like: PyTree) -> Snapshot:
-    """The snapshot in `folder`, every leaf verified.
+    """The snapshot in `folder`, every array verified.
 
     Args:
       manifest: of the same checkpoint.
-      like: a pytree of the states' structure whose leaves have their shapes and dtypes.
+      like: a pytree of the states' structure whose leaves have their shapes and dtypes, and those that are to lie on a
+        mesh their shardings.
+
+    Returns:
+      A snapshot whose states are on the host, or on this process's devices where `like` has shardings.
 
     Raises:
       Damaged: a leaf is missing or cannot be read, or is not what was written or asked for.
@@ -117,26 +204,16 @@ def read_checkpoint(folder: Path, manifest: Mapping[str, Any], like: PyTree) -> 
     if set(expected) != set(recorded):
         odd = sorted(set(expected) ^ set(recorded))[0]
         raise Damaged(f"leaf {odd} is {'missing' if odd in expected else 'not one of this run'}")
-    try:
-        found = _digests(folder / ARRAYS)
-    except OSError as error:
-        raise Damaged(f"its arrays cannot be read ({_short(error)})") from None
-    if found != manifest["files"]:
-        odd = sorted(set(found.items()) ^ set(manifest["files"].items()))[0][0]
-        raise Damaged(f"{ARRAYS}/{odd} is {'missing' if odd not in found else 'not what was written'}")
-    try:
-        arrays = read_arrays(folder / ARRAYS, expected)
-    except MemoryError:
-        raise
-    except Exception as error:  # Orbax and TensorStore raise whatever the damage leads them to
-        raise Damaged(f"its arrays cannot be read ({_short(error)})") from None
     for name, leaf in expected.items():
-        got, entry = arrays.get(name), recorded[name]
-        if not isinstance(got, np.ndarray) or got.shape != leaf.shape or got.dtype != leaf.dtype:
+        if recorded[name] != {"dtype": str(np.dtype(leaf.dtype)), "shape": list(leaf.shape)}:
             raise Damaged(f"leaf {name} is not {leaf.dtype} {list(leaf.shape)}")
-        if [str(got.dtype), list(got.shape), checksum(got)] != [entry["dtype"], entry["shape"], entry["sha256"]]:
-            raise Damaged(f"the checksum of leaf {name} is wrong")
-    states = jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in expected])
+    found = {name: Gathering(leaf) for name, leaf in expected.items()}
+    for part, digest in manifest["parts"].items():
+        _read_part(folder / part, digest, found)
+    for name, own in found.items():
+        if not own.complete():
+            raise Damaged(f"leaf {name} is not whole")
+    states = jax.tree.unflatten(jax.tree.structure(like), [own.array() for own in found.values()])
     history = manifest["history"]
     return Snapshot(
         manifest["step"],
@@ -148,31 +225,41 @@ def read_checkpoint(folder: Path, manifest: Mapping[str, Any], like: PyTree) -> 
     )
 
 
-def write_arrays(folder: Path, leaves: Mapping[str, np.ndarray]) -> None:
-    """A flat dict of arrays as an Orbax checkpoint."""
-    import orbax.checkpoint as ocp  # seconds to import
+def _read_part(part: Path, digest: str, leaves: Mapping[str, Gathering]) -> None:
+    """Add to `leaves` what they need of one process's pieces."""
+    about, file = part.with_suffix(PART), part.with_suffix(ARRAYS)
+    record = unseal(about)
+    if _digest(about) != digest:
+        raise Damaged(f"{about.name} is not the one that was written with {MANIFEST}")
+    try:
+        arrays = open_file(file)
+        if _header_digest(file) != record["header"]:
+            raise Damaged(f"the header of {file.name} is not what was written")
+        for key, piece in record["arrays"].items():
+            region = tuple((begin, end) for begin, end in piece["region"])
+            if leaves[piece["leaf"]].needs(region):
+                values = np.array(arrays.read(key))
+                if checksum(values) != piece["sha256"]:
+                    raise Damaged(f"the checksum of leaf {piece['leaf']} in {file.name} is wrong")
+                leaves[piece["leaf"]].add(region, values)
+    except (OSError, UserError) as error:
+        raise Damaged(f"{file.name} cannot be read ({_short(error)})") from None
 
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        checkpointer.save(folder, args=ocp.args.StandardSave(dict(leaves)))
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """One process's arrays as a file."""
+    write_file(path, [Entry(name, x.shape, x.dtype, x) for name, x in arrays.items()])
 
 
-def read_arrays(folder: Path, like: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays of an Orbax checkpoint, in host memory."""
-    import orbax.checkpoint as ocp
-
-    wanted = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in like.items()}
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        return dict(checkpointer.restore(folder, args=ocp.args.StandardRestore(wanted)))
+def _header_digest(path: Path) -> str:
+    """SHA-256 of a safetensors file up to its data."""
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        return hashlib.sha256(prefix + file.read(int.from_bytes(prefix, "little"))).hexdigest()
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file in `folder` and below, by its path."""
-    digests = {}
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                digests[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _short(error: BaseException) -> str:

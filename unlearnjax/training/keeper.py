@@ -1,4 +1,8 @@
-"""The checkpoints of one run: written in the background, the newest two kept, a damaged one passed over."""
+"""The checkpoints of one run: written in the background, the newest two kept, a damaged one passed over.
+
+The processes of one job have one folder of checkpoints, on a file system that all of them see. Each writes what its
+devices hold, and the first one does the rest.
+"""
 
 import json
 import os
@@ -13,6 +17,7 @@ from typing import Any
 
 from jaxtyping import PyTree
 
+from unlearnjax.distributed.processes import agreed, firsts, follows, largest, meetings
 from unlearnjax.errors import UserError
 from unlearnjax.io.atomic import remove_left_overs, staged_file
 from unlearnjax.io.fingerprint import difference
@@ -31,6 +36,7 @@ from unlearnjax.training.loop import Snapshot
 
 KEEP = 2
 FINGERPRINT = "fingerprint.json"
+PLACE = "device"  # of the fingerprint, what may differ: a run may go on elsewhere, though not bit for bit
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -49,7 +55,8 @@ class Keeper:
     every: float
     say: Callable[[str], None]
     resume: bool
-    lock: int
+    lock: int  # -1 where another process holds it for all
+    meet: Callable[[], None]  # waits for the job's other processes
     saved: int | None = None  # the step of the newest checkpoint that is known to be whole
     _last: float = field(default_factory=time.monotonic)
     _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
@@ -77,11 +84,12 @@ class Keeper:
 
     def _write(self, snapshot: Snapshot) -> None:
         target = self.folder / f"step-{snapshot.step:08d}"
-        if target.exists():
-            shutil.rmtree(target)
-        write_checkpoint(target, snapshot, self.fingerprint)
-        for old in self._found()[KEEP:]:
-            shutil.rmtree(old, ignore_errors=True)
+        if not follows():
+            shutil.rmtree(target, ignore_errors=True)
+        write_checkpoint(target, snapshot, self.fingerprint, self.meet)
+        if not follows():
+            for old in self._found()[KEEP:]:
+                shutil.rmtree(old, ignore_errors=True)
 
     def _collect(self) -> None:
         """Wait for the checkpoint that is being written, if any, and tell how it went."""
@@ -112,19 +120,27 @@ class Keeper:
         Raises:
           UserError: a checkpoint of another run.
         """
-        for place in self._found():
+        for name in agreed(lambda: [found.name for found in self._found()]):
+            place, snapshot, damage = self.folder / name, None, None
             try:
                 manifest = unseal(place / MANIFEST)
                 _same_run(manifest["fingerprint"], self.fingerprint, place)
                 snapshot = read_checkpoint(place, manifest, like)
-            except Damaged as damage:
-                self.say(f"warning: {place}: damaged, {damage}; the checkpoint before is used")
+            except Damaged as found:
+                damage = found
+            damaged = largest(damage is not None)[0]
+            if snapshot is not None and not damaged:
+                self.saved = snapshot.step
+                other = difference(manifest["fingerprint"].get(PLACE), self.fingerprint.get(PLACE), PLACE)
+                if other is not None:
+                    self.say(f"warning: {place}: {other}; the run goes on, but not bit for bit as it would have there")
+                return snapshot
+            reason = damage or "in a part that another process reads"
+            self.say(f"warning: {place}: damaged, {reason}; the checkpoint before is used")
+            if not follows():
                 aside = place.with_name(f"damaged-{place.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 place.rename(aside)
-            else:
-                self.saved = snapshot.step
-                return snapshot
         if self.resume:
             self.say(f"{self.folder}: there is no whole checkpoint; training starts from the beginning")
         return None
@@ -140,7 +156,8 @@ class Keeper:
     def remove(self) -> None:
         """The run has finished: close, and remove the folder."""
         self.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if not follows():
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def open_keeper(
@@ -152,25 +169,42 @@ def open_keeper(
       UserError: another process works there, or the folder belongs to another run (the message names what differs).
     """
     fingerprint = json.loads(canonical(fingerprint))  # as it will read back
-    folder.mkdir(parents=True, exist_ok=True)
-    place = folder / FINGERPRINT
-    keeper = Keeper(folder, fingerprint, every, say, resume, lock_folder(folder))
+    folder = firsts(folder)
+    locks: list[int] = []
+
+    def hold() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        locks.append(lock_folder(folder))
+
+    agreed(hold)
+    lock = locks[0] if locks else -1
+    keeper = Keeper(folder, fingerprint, every, say, resume, lock, meetings(f"checkpoints {folder}"))
     try:
-        remove_left_overs(folder)
-        if place.exists():
-            try:
-                _same_run(unseal(place)["fingerprint"], fingerprint, folder.parent)
-            except Damaged as damage:
-                say(f"warning: {folder}: damaged, {damage}; it is written anew")
-        with staged_file(place) as path:
-            path.write_text(seal({"format": FORMAT, "fingerprint": fingerprint}), encoding="utf-8")
+        agreed(lambda: _mark(folder, fingerprint, say))
     except BaseException:
         keeper.close()
         raise
+    if not folder.is_dir():
+        keeper.close()
+        raise UserError(f"{folder}: is there for the first process and not for this one; give a folder that all see")
     return keeper
 
 
+def _mark(folder: Path, fingerprint: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    """Make sure that a folder is this run's, and say so in it."""
+    place = folder / FINGERPRINT
+    remove_left_overs(folder)
+    if place.exists():
+        try:
+            _same_run(unseal(place)["fingerprint"], fingerprint, folder.parent)
+        except Damaged as damage:
+            say(f"warning: {folder}: damaged, {damage}; it is written anew")
+    with staged_file(place) as path:
+        path.write_text(seal({"format": FORMAT, "fingerprint": fingerprint}), encoding="utf-8")
+
+
 def _same_run(found: Any, ours: Any, place: Path) -> None:
+    found, ours = ({k: v for k, v in x.items() if k != PLACE} if isinstance(x, Mapping) else x for x in (found, ours))
     other = difference(found, ours)
     if other is not None:
         raise UserError(

@@ -13,10 +13,12 @@ from jaxtyping import PyTree
 from unlearnjax.data.schedule import Schedule, Step
 from unlearnjax.data.tokens import Store
 from unlearnjax.distributed.mesh import mesh_of
+from unlearnjax.distributed.processes import largest, put
 from unlearnjax.distributed.rules import of_candidates, of_store, of_work, whole
 from unlearnjax.training.best import Assessor
 from unlearnjax.training.hyperparameters import Hyperparameters
 from unlearnjax.training.interrupt import Interrupted, Stop
+from unlearnjax.training.pieces import held
 from unlearnjax.training.state import State, init_state
 from unlearnjax.training.step import Metrics, Task, Work, by_variant, compiled_step, states_shardings
 
@@ -138,15 +140,18 @@ def train(
     mesh = mesh_of(params)
     task = task._replace(mesh=mesh)
     if mesh is not None:
-        stores = jax.device_put(stores, of_store(mesh, stores))
-        h = jax.device_put(h, of_candidates(mesh, {}, h))
+        stores = put(stores, of_store(mesh, stores))
+        h = put(h, of_candidates(mesh, {}, h))
     if start is None:
         blank = [Curve([], [], {t.name: [] for t in task.objective.terms}, []) for _ in range(n)]
         start = Snapshot(0, fresh_states(task, params, h), blank, [{} for _ in range(n)], [None] * n, Clock())
     else:
         # Arrays of their own: the step takes over its argument's buffers.
-        places = None if mesh is None else states_shardings(task, start.states)
-        start = start._replace(states=jax.device_put(start.states, places, may_alias=False))
+        if mesh is None:
+            states = jax.device_put(start.states, may_alias=False)
+        else:
+            states = put(start.states, states_shardings(task, start.states))
+        start = start._replace(states=states)
     states, curves, pending, diverged = start.states, start.curves, start.pending, start.diverged_at
     run, updates = (
         compiled_step(task),
@@ -180,7 +185,8 @@ def train(
         copies = [Curve(list(c.update), list(c.loss), {k: list(v) for k, v in c.terms.items()}, list(c.gradient_norm))
                   for c in curves]  # fmt: skip
         clock = Clock(time.perf_counter() - begin, steady, steady_steps)
-        host = jax.tree.map(np.array, states)  # a copy on CPU too, where the next step overwrites the buffers
+        # Copies on CPU too, where the next step overwrites the buffers.
+        host = jax.tree.map(np.array if mesh is None else held, states)
         return Snapshot(done, host, copies, [dict(p) for p in pending], list(diverged), clock)
 
     with contextlib.closing(bar), stop.polling() if stop is not None else contextlib.nullcontext():
@@ -193,7 +199,7 @@ def train(
             started = time.perf_counter()
             work = work_of(step)
             if mesh is not None:
-                work = jax.device_put(work, of_work(mesh, work))
+                work = put(work, of_work(mesh, work))
             states, metrics = run(params, stores, states, work, h, step.width, step.answers)
             waiting.append((step, metrics, *copied(states.alive, states.updates)))
             collect(keep=4)
@@ -209,15 +215,28 @@ def train(
                     states = assess(params, stores, states, h, work.epoch, jnp.asarray(due))
             if after_step is not None:
                 after_step(done, states)
-            asked = stop is not None and stop.signum != 0
-            if keeper is not None and (asked or done == len(steps) or keeper.due()):
+            # Processes of one job stop and save after the same step.
+            signum, save = largest(0 if stop is None else stop.signum, keeper is not None and keeper.due())
+            asked = signum != 0
+            if keeper is not None and (asked or done == len(steps) or save):
                 keeper.save(snapshot(done), wait=asked or done == len(steps))
-            if stop is not None and asked:
-                raise Interrupted(stop.signum, _where(done, len(steps), keeper))
+            if asked:
+                raise Interrupted(signum, _where(done, len(steps), keeper))
         collect(keep=0)
         jax.block_until_ready(states)
     seconds = time.perf_counter() - begin
     return Result(states, curves, diverged, seconds, sum(len(c.update) for c in curves), steady, steady_steps)
+
+
+def abstract_states(task: Task, params: PyTree, h: Hyperparameters) -> State:
+    """Shapes and dtypes of all candidates' states, and where `params` lie on a mesh their shardings there."""
+    states: State = jax.eval_shape(lambda: fresh_states(task, params, h))
+    mesh = mesh_of(params)
+    if mesh is None:
+        return states
+    places = states_shardings(task._replace(mesh=mesh), states)
+    like = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)  # noqa: E731
+    return jax.tree.map(like, states, places)
 
 
 def fresh_states(task: Task, params: PyTree, h: Hyperparameters) -> State:

@@ -10,6 +10,7 @@ from unlearnjax_kernels.vocab_logsumexp import vocab_logsumexp_and_mean
 
 from unlearnjax.data.buckets import choose_widths, fit, round_up
 from unlearnjax.data.tokens import Reference, Store, Tokens, gather, to_device
+from unlearnjax.distributed.processes import fetch
 from unlearnjax.models.layers import pick
 from unlearnjax.models.protocol import Model
 from unlearnjax.objectives.objective import Objective, score
@@ -84,7 +85,7 @@ def base_reference(
             chosen = inside[begin : begin + batch_size]
             padded = np.full(batch_size, -1, np.int32)
             padded[: len(chosen)] = chosen
-            got = jax.device_get(run(model, params, store, jnp.asarray(padded), width, answers, needs, layer))
+            got = fetch(run(model, params, store, jnp.asarray(padded), width, answers, needs, layer))
             answered, real = got.pop("answers"), got.pop("tokens")
             for name, values in got.items():
                 # By row, by answer token, or by token: where each begins, which are real, and how many there are.

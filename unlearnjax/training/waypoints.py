@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Int, PyTree
 
+from unlearnjax.distributed.processes import fetch
 from unlearnjax.io.atomic import staged_file
 from unlearnjax.io.safetensors import Entry, open_file, write_file
 from unlearnjax.training.checkpoint import leaf_names
@@ -38,7 +39,7 @@ def recorder(folder: Path, steps: Sequence[int]) -> Callable[[int, State], None]
         if done not in wanted:
             return
         leaves = {**leaf_names(states.trainable), "updates": states.updates}
-        host = {name: np.asarray(leaf) for name, leaf in leaves.items()}
+        host = fetch(leaves)
         folder.mkdir(parents=True, exist_ok=True)
         with staged_file(_path(folder, done)) as beside:
             write_file(beside, [Entry(name, leaf.shape, leaf.dtype, leaf) for name, leaf in host.items()])

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
+from unlearnjax.distributed.processes import fetch
 from unlearnjax.evaluation.batches import batches, check_rows
 from unlearnjax.evaluation.nll import LOGITS_AT_ONCE
 from unlearnjax.models.precision import precision
@@ -114,7 +115,7 @@ def token_stats_candidates(
     found: list[dict[int, TokenStats]] = [{} for _ in range(count)]
     # The pad id is never attended to, and what it is given is cut off.
     for batch in batches(rows, batch_size, 0, left=False, widest=config.max_positions, per_octave=4):
-        stats = np.asarray(run(params, lora, batch.tokens, batch.segments, count=count))
+        stats = fetch(run(params, lora, batch.tokens, batch.segments, count=count))
         for n in range(count):
             for at, place in enumerate(batch.places):
                 found[n][place] = TokenStats(*stats[n, :, at, : len(rows[place]) - 1].copy())

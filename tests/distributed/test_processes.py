@@ -1,0 +1,221 @@
+"""Processes of one machine become one job, however they were started, and say the same."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from unlearnjax.distributed.processes import (
+    EXPLICIT,
+    agreed,
+    fetch,
+    follows,
+    join,
+    largest,
+    launcher,
+    own_folder,
+    several,
+)
+from unlearnjax.errors import UserError
+
+PROGRAM = """
+import json, sys
+from pathlib import Path
+from unlearnjax.distributed.processes import agreed, fetch, firsts, follows, join, largest, leave, meetings
+from unlearnjax.distributed.processes import own_folder, put
+from unlearnjax.errors import UserError
+join()
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+me = jax.process_index()
+said = {"process": me, "processes": jax.process_count(), "devices": jax.device_count(), "follows": follows()}
+said["agreed"] = agreed(lambda: {"of": me})
+said["largest"] = largest(me, 1 - me, 7)
+def wrong():
+    raise UserError(f"not in {me}")
+try:
+    agreed(wrong)
+except UserError as error:
+    said["error"] = str(error)
+mesh = jax.make_mesh((jax.device_count(),), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+x = np.arange(8, dtype=np.float32)
+y = put({"x": x}, {"x": NamedSharding(mesh, PartitionSpec("x"))})["x"]
+said["held"] = sorted(float(v) for s in y.addressable_shards for v in s.data)
+said["fetched"] = fetch({"y": y * 2, "z": x})["y"].tolist()
+meet = meetings("test")
+meet(), meet()
+with own_folder(sys.argv[1]) as place:
+    said["there"] = sorted(p.name for p in place.iterdir())
+    said["own"], said["firsts"] = str(place), str(firsts(place / "a" / "b"))
+    (place / "mine").write_text(str(me))
+    largest(0)
+print(json.dumps(said), flush=True)
+leave(0)
+"""
+
+
+SAVING = """
+import json, sys
+from pathlib import Path
+from unlearnjax.distributed.processes import join, leave, put
+join()
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from unlearnjax.training import checkpoint
+from unlearnjax.training.keeper import open_keeper
+from unlearnjax.training.loop import Clock, Snapshot
+from unlearnjax.training.pieces import held
+me, said = jax.process_index(), []
+mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+cut, whole = NamedSharding(mesh, PartitionSpec("x")), NamedSharding(mesh, PartitionSpec())
+keep = open_keeper(Path(sys.argv[1]), {"device": {"processes": 2}}, every=0.0, say=said.append, resume=True)
+write = checkpoint.write_arrays
+def full(path, arrays):
+    raise OSError(28, "No space left on device")
+for step in (1, 2, 3):
+    tree = put({"a": np.arange(8, dtype=np.float32) + step, "b": np.int32(step)}, {"a": cut, "b": whole})
+    # Process 1 has no room for the third.
+    checkpoint.write_arrays = full if me == 1 and step == 3 else write
+    keep.save(Snapshot(step, jax.tree.map(held, tree), [], [], [], Clock()), wait=True)
+like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+if sys.argv[2] == "damage" and me == 0:
+    path = Path(sys.argv[1]) / "step-00000002" / "part-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+got = keep.restore(like)
+shards = {str(s.index[0].start): s.data.tolist() for s in got.states["a"].addressable_shards}
+keep.close()
+print(json.dumps({"step": got.step, "b": int(got.states["b"]), "a": shards, "said": said}), flush=True)
+leave(0)
+"""
+
+
+def port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def told(program, own, *arguments):
+    """What two processes print last, as JSON."""
+    processes = []
+    for i in range(2):
+        env = own(i) | {"JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", program, *arguments]
+        processes.append(subprocess.Popen(command, env={**os.environ, **env}, stdout=subprocess.PIPE, text=True))
+    found = []
+    for process in processes:
+        text = process.communicate(timeout=120)[0]
+        assert process.returncode == 0
+        found.append(json.loads(text.splitlines()[-1]))
+    return found
+
+
+def by_environment(i):
+    return {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port.number}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(i)
+    }  # fmt: skip
+
+
+def by_srun(i):
+    return {
+        "SLURM_JOB_ID": str(port.number), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
+        "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "SLURM_STEP_NUM_NODES": "1",
+    }  # fmt: skip
+
+
+def by_mpirun(i):
+    return {
+        "OMPI_MCA_orte_hnp_uri": f"{4096 * port.number}.0;tcp://127.0.0.1:1", "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_RANK": str(i), "OMPI_COMM_WORLD_LOCAL_RANK": str(i),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("started", [by_environment, by_srun, by_mpirun])
+def test_two_processes_find_each_other_and_agree(started, tmp_path):
+    port.number = port()
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "begun").write_text("x")
+    (out / "lock").write_text("x")
+    found = told(PROGRAM, started, str(out))
+    for i, said in enumerate(found):
+        assert said["process"] == i and said["processes"] == 2 and said["devices"] == 4
+        assert said["follows"] == (i == 1)
+        assert said["agreed"] == {"of": 0} and said["error"] == "not in 0"
+        assert said["largest"] == [1, 1, 7]
+        assert said["held"] == [4.0 * i, 4.0 * i + 1, 4.0 * i + 2, 4.0 * i + 3]
+        assert said["fetched"] == [2.0 * v for v in range(8)]
+        assert said["firsts"] == str(out / "a" / "b")
+    first, second = found
+    assert first["own"] == str(out) != second["own"] and second["there"] == ["begun"]
+    assert (out / "mine").read_text() == "0" and not os.path.exists(second["own"])
+
+
+@pytest.mark.parametrize("damage", ["none", "damage"])
+def test_processes_write_and_read_one_checkpoint(damage, tmp_path):
+    """Of the third one process cannot write its part, and there is no third; a bit that is wrong for one is for all."""
+    port.number = port()
+    found = told(SAVING, by_environment, str(tmp_path / "checkpoints"), damage)
+    step = 1 if damage == "damage" else 2
+    for i, said in enumerate(found):
+        assert said["step"] == said["b"] == step
+        assert said["a"] == {str(2 * j): [2.0 * j + step, 2.0 * j + 1 + step] for j in (2 * i, 2 * i + 1)}
+        assert "checkpoint of step 3 was not written; the one of step 2 stays" in said["said"][0]
+        assert len(said["said"]) == 1 + (damage == "damage")
+    first, second = (said["said"][0] for said in found)
+    assert "process 1 could not write its part" in first and "No space left" in first
+    assert "No space left" in second
+    if damage == "damage":
+        assert "in a part that another process reads" in found[0]["said"][1]
+        assert "checksum of leaf a" in found[1]["said"][1]
+    left = {p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()}
+    assert left == {"step-00000001", "damaged-step-00000002" if damage == "damage" else "step-00000002"}
+
+
+def test_alone():
+    assert not several() and not follows()
+    assert agreed(lambda: [1]) == [1] and largest(1, 2) == [1, 2] and fetch({"a": 1}) == {"a": 1}
+    with own_folder("x") as place:
+        assert str(place) == "x"
+
+
+@pytest.mark.parametrize(
+    ("environment", "by"),
+    [
+        ({}, None),
+        ({"SLURM_NTASKS": "8"}, None),  # in a batch script, not under srun
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "a[1-2]"}, "srun"),
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "a1"}, None),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun"),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # a pod that is no part of an indexed job
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, "Kubernetes"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "TPU slice"),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({EXPLICIT[0]: "a:1", "SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "a"}, "environment"),
+    ],
+)
+def test_what_started_a_job(environment, by, monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(("SLURM", "OMPI", "KUBERNETES", "TPU", "JOB_", "JAX_")) and name != "JAX_PLATFORMS":
+            monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert launcher() == by
+
+
+@pytest.mark.parametrize(
+    ("count", "index", "says"),
+    [(None, "0", "JAX_NUM_PROCESSES"), ("2", "two", "whole numbers"), ("2", "2", "from 0 to 1")],
+)
+def test_an_environment_that_is_wrong(count, index, says, monkeypatch):
+    monkeypatch.setenv(EXPLICIT[0], "127.0.0.1:1")
+    for name, value in zip(EXPLICIT[1:], (count, index), strict=True):
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=says):
+        join()

@@ -1,0 +1,173 @@
+"""One job of two processes gives what one process gives, leaves one result behind, and stops and resumes as one."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import yaml
+
+from tests.recipes.test_mesh import RECIPE, numbers
+from unlearnjax.cli.main import LOST, main
+from unlearnjax.io.safetensors import open_folder
+
+pytestmark = pytest.mark.slow
+MESH = ("--mesh", "candidate=2,fsdp=4")
+
+
+def port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Job:
+    """The processes of one job on this machine."""
+
+    def __init__(self, arguments, folder, count=2, devices=4):
+        self.folder, address = folder, f"127.0.0.1:{port()}"
+        folder.mkdir(exist_ok=True)
+        self.processes = []
+        for index in range(count):
+            own = {
+                "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path),
+            }  # fmt: skip
+            if count > 1:
+                own |= {
+                    "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index),
+                }  # fmt: skip
+            command = [sys.executable, "-m", "unlearnjax.cli.main", *arguments]
+            with self._log(index).open("w") as log:
+                process = subprocess.Popen(command, env={**os.environ, **own}, stdout=log, stderr=subprocess.STDOUT)
+            self.processes.append(process)
+
+    def _log(self, index):
+        return self.folder / f"process{index}.log"
+
+    def logs(self):
+        return [self._log(i).read_text() for i in range(len(self.processes))]
+
+    def ended(self, seconds=500):
+        """The exit statuses."""
+        try:
+            return [p.wait(timeout=seconds) for p in self.processes]
+        finally:
+            for p in self.processes:
+                p.kill()
+
+    def wait_for(self, path, seconds=300):
+        """Until a file or folder is there."""
+        for _ in range(10 * seconds):
+            if path.exists():
+                return
+            assert any(p.poll() is None for p in self.processes), self.logs()
+            time.sleep(0.1)
+        raise AssertionError(f"{path} did not come")
+
+
+@pytest.fixture(scope="module")
+def command(world, tmp_path_factory):
+    base, _, sources = world
+    recipe = tmp_path_factory.mktemp("recipe") / "recipe.yml"
+    recipe.write_text(yaml.safe_dump(RECIPE))
+    return [
+        "run", "--model", base.source, "--forget", sources.forget, "--retain", sources.retain, "--members",
+        sources.members, "--nonmembers", sources.nonmembers, "--probe", sources.probe, "--recipe", str(recipe),
+        "--checkpoint-every", "0",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(command, tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone") / "out"
+    assert main([*command, "--out", str(out), "--quiet"]) == 0
+    return out
+
+
+def check(out, alone):
+    """Losses, scores, files and the written model are those of one device."""
+    found, expected = (json.loads((folder / "report.json").read_text()) for folder in (out, alone))
+    for part in ("candidates", "models", "merges"):
+        np.testing.assert_allclose(numbers(found[part]), numbers(expected[part]), rtol=2e-4, atol=1e-5, err_msg=part)
+    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in alone.iterdir())
+    ours, theirs = (open_folder(folder / "model") for folder in (out, alone))
+    for name in ours.files:
+        apart = np.linalg.norm(ours.read(name) - theirs.read(name)) / np.linalg.norm(theirs.read(name))
+        assert apart <= 1e-4, name
+
+
+def test_two_processes_are_one_job(command, alone, tmp_path):
+    out = tmp_path / "out"
+    job = Job([*command, *MESH, "--out", str(out)], tmp_path / "logs")
+    assert job.ended() == [0, 0], job.logs()
+    first, second = job.logs()
+    assert "report:" in first and "report:" not in second
+    check(out, alone)
+
+
+def test_sigterm_saves_and_one_process_of_other_devices_goes_on(command, alone, tmp_path):
+    out = tmp_path / "out"
+    job = Job([*command, *MESH, "--out", str(out)], tmp_path / "logs")
+    job.wait_for(out / "checkpoints" / "step-00000001")
+    job.processes[1].send_signal(signal.SIGTERM)  # to one of them
+    assert job.ended() == [143, 143], job.logs()
+    assert "which is saved" in job.logs()[0]
+    (newest,) = sorted((out / "checkpoints").glob("step-*"))[-1:]
+    assert sorted(p.name for p in newest.iterdir()) == [
+        "manifest.json", "part-00000.json", "part-00000.safetensors", "part-00001.json", "part-00001.safetensors",
+    ]  # fmt: skip
+    again = Job(
+        [*command, "--mesh", "candidate=1,fsdp=2,tensor=2", "--resume", "--out", str(out)], tmp_path / "again", count=1
+    )
+    assert again.ended() == [0], again.logs()
+    assert "device.device_count was '8', is '4'" in again.logs()[0]
+    check(out, alone)
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_ends_the_others_and_the_job_goes_on(command, alone, tmp_path, killed):
+    out = tmp_path / "out"
+    job = Job([*command, *MESH, "--out", str(out)], tmp_path / "logs")
+    job.wait_for(out / "checkpoints" / "step-00000002")
+    job.processes[killed].kill()
+    began = time.monotonic()
+    statuses = job.ended(seconds=120)
+    assert time.monotonic() - began < 90
+    assert statuses[killed] == -signal.SIGKILL and statuses[1 - killed] in (LOST, -signal.SIGABRT), job.logs()
+    again = Job([*command, *MESH, "--resume", "--out", str(out)], tmp_path / "again")
+    assert again.ended() == [0, 0], again.logs()
+    check(out, alone)
+
+
+def test_an_error_of_one_process_ends_all(command, tmp_path):
+    """A recipe that is wrong is wrong for all; each says so, and none waits for another."""
+    job = Job(
+        [*command, *MESH, "--out", str(tmp_path / "out"), "--mmlu-data", str(tmp_path / "none")], tmp_path / "logs"
+    )
+    assert job.ended(seconds=120) == [2, 2]
+    assert all("none" in log for log in job.logs())
+
+
+@pytest.mark.parametrize("what", ["evaluate", "trace"])
+def test_evaluation_and_tracing_in_two_processes(world, tmp_path, what):
+    base, _, sources = world
+    given = {
+        "evaluate": ["--original", base.source, "--forget", sources.forget, "--retain", sources.retain,
+                     "--max-new-tokens", "8", "--evaluate", "full"],
+        "trace": ["--facts", sources.forget],
+    }  # fmt: skip
+    command = [what, "--model", base.source, *given[what]]
+    job = Job([*command, "--mesh", "data=4,fsdp=2", "--out", str(tmp_path / "out")], tmp_path / "logs")
+    assert job.ended() == [0, 0], job.logs()
+    assert main([*command, "--out", str(tmp_path / "alone"), "--quiet"]) == 0
+    for name in {"evaluate": ("scores.json", "full.json"), "trace": ("trace.json",)}[what]:
+        found, expected = (json.loads((tmp_path / x / name).read_text()) for x in ("out", "alone"))
+        for record in (found, expected):
+            for part in ("hardware", "settings"):
+                record.pop(part, None)
+        np.testing.assert_allclose(numbers(found), numbers(expected), rtol=1e-3, atol=2e-4, err_msg=name)

@@ -1,0 +1,224 @@
+"""One job of several processes: how they find each other, and what one of them says for all.
+
+Every process runs the same program on the same input and comes to the same decisions. What only one may do (write a
+file, look at a folder that changes) the first does, and the others take its word.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jaxtyping import PyTree
+
+from unlearnjax.errors import UserError
+
+HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead, and the others end
+EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+LEAVING = 15  # seconds that a process which has ended waits for the others
+PATIENCE = 600  # seconds that a process waits for what others have to write
+T = TypeVar("T")
+
+
+def _has_tpus() -> bool:
+    return any(Path("/dev").glob("accel[0-9]*")) or Path("/dev/vfio/0").exists()
+
+
+def launcher() -> str | None:
+    """What started several processes of this job, if anything did, by its environment."""
+    e = os.environ
+    if EXPLICIT[0] in e:
+        return "environment"
+    if int(e.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_NODELIST" in e:
+        return "srun"
+    if int(e.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+        return "mpirun"
+    if "KUBERNETES_SERVICE_HOST" in e and "JOB_COMPLETION_INDEX" in e:
+        return "Kubernetes"
+    platforms = e.get("JAX_PLATFORMS", "tpu")
+    if "," in e.get("TPU_WORKER_HOSTNAMES", "") or ("tpu" in platforms.split(",") and _has_tpus()):
+        return "TPU slice"
+    return None
+
+
+def join() -> None:
+    """Join the job's other processes, where there are any; before anything touches a device.
+
+    Under srun, Open MPI, Kubernetes (an indexed job; `pip install jax[k8s]`) and on TPU slices nothing needs to be
+    said; elsewhere JAX_COORDINATOR_ADDRESS (host:port of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+
+    Raises:
+      UserError: these are incomplete, or the others cannot be reached.
+    """
+    by = launcher()
+    if by is None or jax.distributed.is_initialized():
+        return
+    more: dict[str, Any] = {}
+    if by == "environment":
+        missing = [name for name in EXPLICIT if not os.environ.get(name)]
+        if missing:
+            raise UserError(f"{EXPLICIT[0]} is set, and so must be {', '.join(missing)}")
+        try:
+            count, index = (int(os.environ[name]) for name in EXPLICIT[1:])
+        except ValueError:
+            raise UserError(f"{EXPLICIT[1]} and {EXPLICIT[2]} must be whole numbers") from None
+        if not 0 <= index < count:
+            raise UserError(f"{EXPLICIT[2]} must be from 0 to {count - 1}, one less than {EXPLICIT[1]}, not {index}")
+        more = {
+            "coordinator_address": os.environ[EXPLICIT[0]], "num_processes": count, "process_id": index,
+            "cluster_detection_method": "deactivate",
+        }  # fmt: skip
+    if "cpu" in os.environ.get("JAX_PLATFORMS", ""):
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        # Programs that overlap would meet in another order in each process, and wait for each other for ever.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
+    try:
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT, **more)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"started by {by}: the job's other processes cannot be reached ({reason})") from None
+
+
+def several() -> bool:
+    """Whether this job has more than one process."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def follows() -> bool:
+    """Whether another process is the one that speaks and writes for all."""
+    return several() and jax.process_index() > 0
+
+
+def agreed(say: Callable[[], T]) -> T:
+    """What `say` returns in the first process, in all of them. Plain data; a `UserError` is raised in all too.
+
+    All processes must call it at the same place.
+    """
+    if not several():
+        return say()
+    from jax.experimental import multihost_utils
+
+    word, kept = b"", None
+    if not follows():
+        try:
+            word = json.dumps({"value": say()}).encode()
+        except UserError as error:
+            word = json.dumps({"error": str(error)}).encode()
+        except BaseException as error:  # the others must not wait for ever
+            kept, word = error, json.dumps({"error": f"{type(error).__name__}: {error}"}).encode()
+    size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(word), np.int32)))
+    sent = np.zeros(size, np.uint8) if follows() else np.frombuffer(word, np.uint8)
+    got = json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(sent), np.uint8)))
+    if kept is not None:
+        raise kept
+    if "error" in got:
+        raise UserError(got["error"])
+    return got["value"]
+
+
+def largest(*numbers: int) -> list[int]:
+    """Of each of the numbers the largest that any process has. All must call it at the same place."""
+    if not several():
+        return list(numbers)
+    from jax.experimental import multihost_utils
+
+    everyones = multihost_utils.process_allgather(np.asarray(numbers, np.int32))
+    return [int(x) for x in np.asarray(everyones).reshape(-1, len(numbers)).max(axis=0)]
+
+
+_meetings = itertools.count()  # a barrier's name serves once
+
+
+def meetings(name: str) -> Callable[[], None]:
+    """A function that waits until all processes of the job have called theirs as often. All must ask for it at the same
+    place.
+
+    Not through the devices: another thread than the one that runs programs may call it.
+    """
+    if not several():
+        return lambda: None
+    from orbax.checkpoint import multihost
+
+    meet, own, numbers = multihost.get_barrier_sync_fn(), next(_meetings), itertools.count()
+    return lambda: meet(key=f"{name} {own} {next(numbers)}", timeout_ms=1000 * PATIENCE)
+
+
+def leave(status: int) -> None:
+    """Come to the end of this process. If the others do not come to theirs soon, exit at once: jax would wait for them,
+    they for an answer of this process, and nobody would end."""
+    from orbax.checkpoint import multihost
+
+    try:
+        multihost.get_barrier_sync_fn()(key="leave", timeout_ms=1000 * LEAVING)
+    except Exception:  # jax's errors of a barrier are many
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+# Where the first process has what this one works on a copy of.
+_firsts: dict[Path, Path] = {}
+
+
+def firsts(path: Path) -> Path:
+    """A place below the folder of `own_folder`, as the first process sees it."""
+    for own, first in _firsts.items():
+        if path.is_relative_to(own):
+            return first / path.relative_to(own)
+    return path
+
+
+@contextlib.contextmanager
+def own_folder(out: str | Path) -> Iterator[Path]:
+    """The folder that this process works in: `out` itself in the first one, in the others a copy of what is there now,
+    which is gone afterwards.
+
+    So all find the same unfinished work, and one of them goes on with it on disk.
+    """
+    if not several():
+        yield Path(out)
+        return
+    with tempfile.TemporaryDirectory(prefix="unlearnjax-") as scratch:
+        place = Path(out)
+        if follows():
+            place = Path(scratch) / (Path(out).name or "out")
+            source = Path(out).expanduser().resolve()
+            _firsts[place] = source
+            if source.is_dir():
+                shutil.copytree(source, place, ignore=shutil.ignore_patterns("lock", ".*.part"))
+        largest(0)  # nobody changes anything before all have looked
+        try:
+            yield place
+        finally:
+            _firsts.pop(place, None)
+
+
+def fetch(tree: PyTree[Any]) -> PyTree[Any]:
+    """Arrays in host memory, whole in every process."""
+    leaves = jax.tree.leaves(tree)
+    if all(not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated for x in leaves):
+        return jax.device_get(tree)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def put(tree: PyTree[Any], places: PyTree[NamedSharding]) -> PyTree[jax.Array]:
+    """Host arrays, the same in every process, laid where `places` says; each process handles its own devices' parts."""
+
+    def one(x: Any, place: NamedSharding) -> jax.Array:
+        if place.is_fully_addressable or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+            return jax.device_put(x, place)
+        whole = np.asarray(x)
+        return jax.make_array_from_callback(whole.shape, place, lambda index: whole[index])
+
+    return jax.tree.map(one, tree, places)
