@@ -6,7 +6,7 @@ import pytest
 
 from tests.kernels.base import v5e
 from unlearnjax.cli.main import main
-from unlearnjax.distributed.estimate import estimate, meshes, step_flops
+from unlearnjax.distributed.estimate import estimate, meshes, most_candidates, step_flops
 from unlearnjax.distributed.hlo import Costs
 from unlearnjax.distributed.mesh import make_mesh
 from unlearnjax.distributed.plan import Compiled, Plan, Tried, compile_program, make_plan, plan_as_plain, render
@@ -121,3 +121,15 @@ def test_sixteen_candidates_of_olmo_7b_fit_eight_chips():
     own = found.best.training
     assert own.fits and own.total < 12 * 2**30
     assert own.costs.flops == pytest.approx(step_flops(OLMO_7B, Workload(16)) / 8, rel=0.01)
+
+
+def test_as_many_candidates_as_a_device_holds():
+    many, chip = Workload(64), parse_topology("v5e-8").chip
+    held = lambda n, sizes: estimate(OLMO_7B, Workload(n), sizes, chip).held  # noqa: E731
+    for sizes in ({"fsdp": 8}, {"candidate": 2, "fsdp": 4}):
+        most = most_candidates(OLMO_7B, many, sizes, chip.memory)
+        apart = sizes.get("candidate", 1)
+        assert 1 < most < 64 and most % apart == 0
+        assert held(most, sizes) <= 0.9 * chip.memory < held(most + apart, sizes)
+    assert most_candidates(OLMO_7B, many, {"fsdp": 8}, 1.0) == 1
+    assert most_candidates(OLMO_7B, many, {"fsdp": 8}, 1e15) == 64

@@ -36,6 +36,15 @@ def test_like_candidates_train_together_in_the_recipes_order():
     assert made[1].layers == ((0, 1), (2, 3))
 
 
+@pytest.mark.parametrize(
+    ("at_once", "sizes"), [(None, [5]), (1, [1] * 5), (2, [2, 2, 1]), (3, [3, 2]), (4, [3, 2]), (5, [5]), (9, [5])]
+)
+def test_too_many_at_once_train_in_parts_of_like_sizes(at_once, sizes):
+    made = groups_of(recipe(*({} for _ in range(5))).candidates, 8, None, at_once)
+    assert [len(g.places) for g in made] == sizes
+    assert [place for g in made for place in g.places] == list(range(5))
+
+
 def test_a_lora_on_all_layers_is_the_ordinary_one():
     (group,) = groups({}, {"layers": list(range(8))}, {"layers": "last-8"})
     assert group.kind.layers is None and len(adapters_of(group, CONFIG, "all", 4)) == 1

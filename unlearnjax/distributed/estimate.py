@@ -82,6 +82,16 @@ def estimate(config: ModelConfig, w: Workload, sizes: Mapping[str, int], chip: C
     return Estimate(flops, sent, held, max(flops / chip.flops, sent / chip.link))
 
 
+def most_candidates(config: ModelConfig, w: Workload, sizes: Mapping[str, int], memory: float) -> int:
+    """How many of the workload's candidates a device of so many bytes holds, by `estimate`: at least 1, and where that
+    can be, as many as lie apart on the mesh or a multiple."""
+    apart = sizes.get(CANDIDATE, 1)
+    chip = Chip(1.0, memory, 1.0, 1.0)
+    wanted = [n for n in range(1, w.candidates + 1) if n % apart == 0 or n < apart]
+    held = {n: estimate(config, w._replace(candidates=n), sizes, chip).held for n in wanted}
+    return max((n for n in wanted if held[n] <= 0.9 * memory), default=1)
+
+
 def meshes(config: ModelConfig, w: Workload, devices: int, chip: Chip) -> list[dict[str, int]]:
     """Meshes of so many devices, the one that should be fastest first; those that cannot fit come last."""
     divisors = [d for d in range(1, devices + 1) if devices % d == 0]

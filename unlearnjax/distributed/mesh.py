@@ -96,6 +96,14 @@ def default_sizes(
     return {CANDIDATE: apart, DATA: data, FSDP: fsdp, TENSOR: rest // apart // data}
 
 
+def device_memory() -> int | None:
+    """Bytes that programs may take on a device; None where it does not tell, as CPUs."""
+    if jax.default_backend() == "cpu":
+        return None
+    found = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    return None if found is None else int(found)
+
+
 def choose_mesh(
     sizes: Mapping[str, int] | Mesh | None, candidates: int, weight_bytes: int, rows: int = 0
 ) -> Mesh | None:
@@ -113,8 +121,7 @@ def choose_mesh(
     if sizes is None:
         if jax.default_backend() == "cpu" and jax.process_count() == 1:
             return None
-        memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-        sizes = default_sizes(jax.device_count(), candidates, weight_bytes, memory, rows)
+        sizes = default_sizes(jax.device_count(), candidates, weight_bytes, device_memory(), rows)
     mesh = make_mesh(sizes)
     return mesh if mesh.size > 1 else None
 

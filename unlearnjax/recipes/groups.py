@@ -74,12 +74,16 @@ def layers_of(candidate: Candidate, total: int, found: Sequence[int] | None = No
 
 
 def groups_of(
-    candidates: Sequence[Candidate], total: int, found: Mapping[str, Sequence[int]] | None = None
+    candidates: Sequence[Candidate],
+    total: int,
+    found: Mapping[str, Sequence[int]] | None = None,
+    at_once: int | None = None,
 ) -> list[Group]:
     """The candidates by kind, in the order of each kind's first.
 
     Args:
       total: the model's layers. found: what layers `auto` stand for, by `modules` (see `layers_of`).
+      at_once: candidates of a group at most; None: all of a kind.
 
     Raises:
       UserError: see `layers_of`.
@@ -93,7 +97,15 @@ def groups_of(
         by_kind.setdefault(kind, []).append((place, own))
     # Those with the same layers side by side: a step slices them.
     ordered = {kind: sorted(own, key=lambda x: x[1]) for kind, own in by_kind.items()}
-    return [Group(kind, *(tuple(x) for x in zip(*own, strict=True))) for kind, own in ordered.items()]
+    parts = [(kind, part) for kind, own in ordered.items() for part in _parts(own, at_once)]
+    return [Group(kind, *(tuple(x) for x in zip(*part, strict=True))) for kind, part in parts]
+
+
+def _parts(own: list[Any], at_once: int | None) -> list[list[Any]]:
+    """As few parts as it takes, of like sizes: one program may serve them all."""
+    count = 1 if at_once is None else -(-len(own) // at_once)
+    size = -(-len(own) // count)
+    return [own[i : i + size] for i in range(0, len(own), size)]
 
 
 def targets_of(targets: str | Sequence[str], modules: str, config: ModelConfig) -> tuple[str, ...]:

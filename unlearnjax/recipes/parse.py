@@ -114,6 +114,7 @@ _RANGES: dict[type, dict[str, _Range]] = {
         "keep_best": _COUNT_OR_NULL,
         "best_rows": _COUNT,
         "tokens_at_once": _COUNT_OR_NULL,
+        "candidates_at_once": _COUNT_OR_NULL,
     },
     Merge: {
         "method": _TEXT,

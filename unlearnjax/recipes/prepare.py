@@ -220,7 +220,7 @@ def prepare(
     check_evaluation(model, data, sources, recipe.evaluation.max_new_tokens)
     if any(merge.scale == SEARCH for merge in recipe.merges):
         check_searched(data, sources)
-    groups = groups_of(recipe.candidates, model.config.layers, found)
+    groups = groups_of(recipe.candidates, model.config.layers, found, recipe.training.candidates_at_once)
     return [_prepared(group, recipe, model, data, sources) for group in groups]
 
 

@@ -31,6 +31,7 @@ from unlearnjax.recipes.describe import (
 )
 from unlearnjax.recipes.evaluate_step import evaluate_all
 from unlearnjax.recipes.export_step import changed, choose_export, save_candidates, save_merges
+from unlearnjax.recipes.fit import candidates_at_once
 from unlearnjax.recipes.layers_step import traced_layers
 from unlearnjax.recipes.merge_step import Exported, Merged, at_scale, delta_of, describe, export, merge_candidates
 from unlearnjax.recipes.prepare import (
@@ -198,6 +199,15 @@ def run(
         models = 1 if gold is None else 2
         rows = min(len(g.objective.sides) * recipe.candidates[i].micro_batch for g in groups for i in g.group.places)
         shared = choose_mesh(mesh, len(recipe.candidates), models * weight_bytes(lm.config, dtype), rows)
+    if recipe.training.candidates_at_once is None:
+        most = candidates_at_once(recipe, groups, lm.config, dtype, mesh_of(lm.params) if folder is None else shared)
+        if most is not None:
+            (say or say_by_warning)(
+                f"the devices hold {most} candidates at once: they train in turns (training: candidates_at_once)"
+            )
+            recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, candidates_at_once=most))
+            groups = prepare(recipe, lm, data, sources)
+            check_waypoints(recipe, groups)
     reference = None if gold is None else load_reference(gold, lm, dtype, "gold model", shared)
     if folder is not None:
         lm = dataclasses.replace(lm, params=load_params(folder, lm.config, dtype, shared))

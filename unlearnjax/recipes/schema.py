@@ -84,6 +84,8 @@ class Training:
     is kept as it was when that was lowest (null: as it is at the end).
     `tokens_at_once`: candidates go through the model in groups of at most so many tokens (null: all together on an
     accelerator, in small groups on a CPU): less means less memory.
+    `candidates_at_once`: so many candidates train together at most, and then the next ones (null: as many as a closed
+    form says will fit the memory of the devices, or all where that is not known, as on a CPU).
     """
 
     order: str = "bucketed"
@@ -97,6 +99,7 @@ class Training:
     keep_best: int | None = None
     best_rows: int = 500
     tokens_at_once: int | None = None
+    candidates_at_once: int | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,84 @@
+"""Candidates that do not fit together train in turns, and come out as if they had."""
+
+import numpy as np
+import pytest
+
+from tests.recipes.test_mesh import LORA, numbers
+from unlearnjax.io.safetensors import open_file
+from unlearnjax.recipes import fit
+from unlearnjax.recipes import run as module
+from unlearnjax.recipes.parse import recipe_from
+from unlearnjax.recipes.run import run
+
+RECIPE = {
+    "name": "turns",
+    "candidates": [
+        {"name": "a", **LORA, "objective": {"npo": 0.5, "gdr": 0.3, "klr": 0.2}},
+        {"name": "b", **LORA, "objective": {"ga": 1.0}, "rank": 2},
+        {"name": "c", **LORA, "objective": {"npo": 1.0, "gdr": 1.0}, "learning_rate": 1e-3},
+    ],
+    "training": {"buckets": 1},
+    "merges": [{"name": "mean", "method": "linear"}],
+    "evaluation": {"max_new_tokens": 4},
+}  # fmt: skip
+
+
+def done(world, out, **training):
+    base, _, sources = world
+    said: list[str] = []
+    recipe = recipe_from({**RECIPE, "training": {**RECIPE["training"], **training}}, "x")
+    return run(base, sources, out, recipe, say=said.append), said
+
+
+@pytest.fixture(scope="module")
+def together(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("together") / "out"
+    return out, done(world, out)[0]
+
+
+def check(out, report, together):
+    whole, expected = together
+    np.testing.assert_allclose(numbers(report["models"]), numbers(expected["models"]), rtol=1e-4, atol=1e-6)
+    for ours, theirs in zip(report["candidates"], expected["candidates"], strict=True):
+        for curve in ("update", "loss", "gradient_norm"):  # and the terms of those it trains with
+            np.testing.assert_allclose(ours["curves"][curve], theirs["curves"][curve], rtol=1e-3, atol=1e-5)
+    for name in "abc":
+        ours, theirs = (open_file(x / "candidates" / name / "adapter_model.safetensors") for x in (out, whole))
+        ours, theirs = (np.concatenate([x.read(key).ravel() for key in sorted(x.slots)]) for x in (ours, theirs))
+        # By norm: AdamW makes a full step of a gradient that is nothing but rounding.
+        assert np.linalg.norm(ours - theirs) <= 1e-3 * np.linalg.norm(theirs), name
+
+
+def test_in_turns(world, together, tmp_path):
+    report, said = done(world, tmp_path / "out", candidates_at_once=2)
+    check(tmp_path / "out", report, together)
+    assert said == []
+
+
+def test_as_many_as_the_memory_holds(world, together, tmp_path, monkeypatch):
+    asked = []
+
+    def memory():
+        asked.append(1)
+        return 700_000
+
+    monkeypatch.setattr(fit, "device_memory", memory)
+    groups = []
+    real = module.train_candidates
+
+    def train(model, prepared, *more, **named):
+        groups.extend(len(p.group.places) for p in prepared)
+        return real(model, prepared, *more, **named)
+
+    monkeypatch.setattr(module, "train_candidates", train)
+    report, said = done(world, tmp_path / "out")
+    assert asked and len(groups) > 1 and max(groups) == report["recipe"]["training"]["candidates_at_once"]
+    assert len(said) == 1 and f"hold {max(groups)} candidates at once" in said[0]
+    check(tmp_path / "out", report, together)
+
+
+def test_memory_that_holds_all_or_is_not_known(monkeypatch):
+    recipe = recipe_from(RECIPE, "x")
+    for memory in (None, 1 << 60):
+        monkeypatch.setattr(fit, "device_memory", lambda memory=memory: memory)
+        assert fit.candidates_at_once(recipe, [], None, "float32", None) is None
