@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from unlearnjax.distributed.processes import (
@@ -44,9 +45,9 @@ mesh = jax.make_mesh((jax.device_count(),), ("x",), axis_types=(jax.sharding.Axi
 x = np.arange(8, dtype=np.float32)
 y = put({"x": x}, {"x": NamedSharding(mesh, PartitionSpec("x"))})["x"]
 said["held"] = sorted(float(v) for s in y.addressable_shards for v in s.data)
-said["fetched"] = fetch({"y": y * 2, "z": x})["y"].tolist()
+said["fetched"] = {name: got.tolist() for name, got in fetch({"y": y * 2, "z": x}).items()}
 meet = meetings("test")
-meet(), meet()
+meet("a"), meet("b")
 with own_folder(sys.argv[1]) as place:
     said["there"] = sorted(p.name for p in place.iterdir())
     said["own"], said["firsts"] = str(place), str(firsts(place / "a" / "b"))
@@ -149,7 +150,7 @@ def test_two_processes_find_each_other_and_agree(started, tmp_path):
         assert said["agreed"] == {"of": 0} and said["error"] == "not in 0"
         assert said["largest"] == [1, 1, 7]
         assert said["held"] == [4.0 * i, 4.0 * i + 1, 4.0 * i + 2, 4.0 * i + 3]
-        assert said["fetched"] == [2.0 * v for v in range(8)]
+        assert said["fetched"] == {"y": [2.0 * v for v in range(8)], "z": [1.0 * v for v in range(8)]}
         assert said["firsts"] == str(out / "a" / "b")
     first, second = found
     assert first["own"] == str(out) != second["own"] and second["there"] == ["begun"]
@@ -196,6 +197,7 @@ def test_alone():
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, "Kubernetes"),
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, "TPU slice"),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"UNLEARNJAX_ALONE": "1", "SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "a"}, None),
         ({EXPLICIT[0]: "a:1", "SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "a"}, "environment"),
     ],
 )
@@ -219,3 +221,25 @@ def test_an_environment_that_is_wrong(count, index, says, monkeypatch):
             monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=says):
         join()
+
+
+@pytest.mark.parametrize(
+    ("environment", "devices"),
+    [
+        ({"SLURM_STEP_TASKS_PER_NODE": "8"}, None),  # jax takes the one of the task's number
+        ({"SLURM_STEP_TASKS_PER_NODE": "8", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}, None),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8", "CUDA_VISIBLE_DEVICES": "3"}, []),  # --gpus-per-task 1: all that it sees
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x4)", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}, []),  # a task for each host
+        ({"SLURM_STEP_TASKS_PER_NODE": "16(x4)"}, None),
+    ],
+)
+def test_the_devices_of_a_task(environment, devices, monkeypatch):
+    given = {}
+    for name in ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", EXPLICIT[0]):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"SLURM_NTASKS": "32", "SLURM_STEP_NODELIST": "a[1-4]", **environment}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **more: given.update(more))
+    monkeypatch.setattr(jax.config, "update", lambda name, value: None)
+    join()
+    assert given.get("local_device_ids") == devices

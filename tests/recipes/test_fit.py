@@ -63,10 +63,11 @@ def test_as_many_as_the_memory_holds(world, together, tmp_path, monkeypatch):
         return 700_000
 
     monkeypatch.setattr(fit, "device_memory", memory)
-    groups = []
+    groups, all_of_them = [], []
     real = module.train_candidates
 
     def train(model, prepared, *more, **named):
+        all_of_them.extend(prepared)
         groups.extend(len(p.group.places) for p in prepared)
         return real(model, prepared, *more, **named)
 
@@ -75,10 +76,7 @@ def test_as_many_as_the_memory_holds(world, together, tmp_path, monkeypatch):
     assert asked and len(groups) > 1 and max(groups) == report["recipe"]["training"]["candidates_at_once"]
     assert len(said) == 1 and f"hold {max(groups)} candidates at once" in said[0]
     check(tmp_path / "out", report, together)
-
-
-def test_memory_that_holds_all_or_is_not_known(monkeypatch):
-    recipe = recipe_from(RECIPE, "x")
-    for memory in (None, 1 << 60):
+    for memory, most in ((None, None), (1 << 60, None), (1, 1)):
         monkeypatch.setattr(fit, "device_memory", lambda memory=memory: memory)
-        assert fit.candidates_at_once(recipe, [], None, "float32", None) is None
+        own = fit.candidates_at_once(recipe_from(RECIPE, "x"), all_of_them, world[0].config, "float32", None)
+        assert own == (most if max(groups) > 1 else None)

@@ -37,9 +37,9 @@ def test_like_candidates_train_together_in_the_recipes_order():
 
 
 @pytest.mark.parametrize(
-    ("at_once", "sizes"), [(None, [5]), (1, [1] * 5), (2, [2, 2, 1]), (3, [3, 2]), (4, [3, 2]), (5, [5]), (9, [5])]
+    ("at_once", "sizes"), [(None, [5]), (1, [1] * 5), (2, [2, 2, 1]), (3, [3, 2]), (4, [4, 1]), (5, [5]), (9, [5])]
 )
-def test_too_many_at_once_train_in_parts_of_like_sizes(at_once, sizes):
+def test_too_many_at_once_train_in_parts(at_once, sizes):
     made = groups_of(recipe(*({} for _ in range(5))).candidates, 8, None, at_once)
     assert [len(g.places) for g in made] == sizes
     assert [place for g in made for place in g.places] == list(range(5))

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 from jaxtyping import PyTree
 
+from unlearnjax.distributed.processes import agreed
 from unlearnjax.errors import UserError, check_known
 
 CANDIDATE, DATA, FSDP, TENSOR = "candidate", "data", "fsdp", "tensor"
@@ -100,7 +101,7 @@ def device_memory() -> int | None:
     """Bytes that programs may take on a device; None where it does not tell, as CPUs."""
     if jax.default_backend() == "cpu":
         return None
-    found = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    found = agreed(lambda: (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit"))
     return None if found is None else int(found)
 
 

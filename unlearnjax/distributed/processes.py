@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -23,8 +24,10 @@ from jaxtyping import PyTree
 from unlearnjax.errors import UserError
 
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead, and the others end
+ALONE = "UNLEARNJAX_ALONE"
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-LEAVING = 15  # seconds that a process which has ended waits for the others
+LEAVING = 15  # seconds that a process which has failed waits for the others
+ENDING = 24 * 3600  # and one that has not
 PATIENCE = 600  # seconds that a process waits for what others have to write
 T = TypeVar("T")
 
@@ -36,6 +39,8 @@ def _has_tpus() -> bool:
 def launcher() -> str | None:
     """What started several processes of this job, if anything did, by its environment."""
     e = os.environ
+    if e.get(ALONE):
+        return None
     if EXPLICIT[0] in e:
         return "environment"
     if int(e.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_NODELIST" in e:
@@ -50,11 +55,21 @@ def launcher() -> str | None:
     return None
 
 
+def _has_devices_of_its_own() -> bool:
+    """Whether a task need not share the GPUs it sees with others of its host."""
+    e = os.environ
+    tasks = e.get("SLURM_STEP_TASKS_PER_NODE") or e.get("OMPI_COMM_WORLD_LOCAL_SIZE") or ""
+    alone = re.match(r"1(\D|$)", tasks) is not None  # Slurm writes 1(x4) of four nodes
+    seen = e.get("CUDA_VISIBLE_DEVICES", e.get("ROCR_VISIBLE_DEVICES", ""))
+    return alone or len([x for x in seen.split(",") if x]) == 1
+
+
 def join() -> None:
     """Join the job's other processes, where there are any; before anything touches a device.
 
     Under srun, Open MPI, Kubernetes (an indexed job; `pip install jax[k8s]`) and on TPU slices nothing needs to be
     said; elsewhere JAX_COORDINATOR_ADDRESS (host:port of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    UNLEARNJAX_ALONE=1 keeps processes apart that were started together.
 
     Raises:
       UserError: these are incomplete, or the others cannot be reached.
@@ -77,13 +92,16 @@ def join() -> None:
             "coordinator_address": os.environ[EXPLICIT[0]], "num_processes": count, "process_id": index,
             "cluster_detection_method": "deactivate",
         }  # fmt: skip
-    if "cpu" in os.environ.get("JAX_PLATFORMS", ""):
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        # Programs that overlap would meet in another order in each process, and wait for each other for ever.
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
+    elif by in ("srun", "mpirun") and _has_devices_of_its_own():
+        more = {"local_device_ids": []}  # all that it sees; jax would take the one of its number among the host's tasks
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # CPU programs that overlap would meet in another order in each process, and wait for each other for ever.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT, **more)
     except (RuntimeError, ValueError) as error:
+        if by == "TPU slice" and isinstance(error, ValueError) and "TPU_WORKER_HOSTNAMES" not in os.environ:
+            return  # a device that looks like a TPU, and nothing that tells of other hosts
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"started by {by}: the job's other processes cannot be reached ({reason})") from None
 
@@ -138,27 +156,31 @@ def largest(*numbers: int) -> list[int]:
 _meetings = itertools.count()  # a barrier's name serves once
 
 
-def meetings(name: str) -> Callable[[], None]:
-    """A function that waits until all processes of the job have called theirs as often. All must ask for it at the same
-    place.
+def meetings(name: str) -> Callable[[str], None]:
+    """A function that waits until all processes of the job have called theirs with the same key, each key once.
+
+    All must ask for it at the same place.
 
     Not through the devices: another thread than the one that runs programs may call it.
     """
     if not several():
-        return lambda: None
+        return lambda key: None
     from orbax.checkpoint import multihost
 
-    meet, own, numbers = multihost.get_barrier_sync_fn(), next(_meetings), itertools.count()
-    return lambda: meet(key=f"{name} {own} {next(numbers)}", timeout_ms=1000 * PATIENCE)
+    meet, own = multihost.get_barrier_sync_fn(), next(_meetings)
+    return lambda key: meet(key=f"{name} {own} {key}", timeout_ms=1000 * PATIENCE)
 
 
 def leave(status: int) -> None:
-    """Come to the end of this process. If the others do not come to theirs soon, exit at once: jax would wait for them,
-    they for an answer of this process, and nobody would end."""
+    """Come to the end of this process, and wait for the others: the first may have much to write yet.
+
+    After a failure, if they do not come to theirs soon, exit at once: jax would wait for them, they for an answer of
+    this process, and nobody would end.
+    """
     from orbax.checkpoint import multihost
 
     try:
-        multihost.get_barrier_sync_fn()(key="leave", timeout_ms=1000 * LEAVING)
+        multihost.get_barrier_sync_fn()(key="leave", timeout_ms=1000 * (LEAVING if status else ENDING))
     except Exception:  # jax's errors of a barrier are many
         sys.stdout.flush()
         sys.stderr.flush()
@@ -188,14 +210,20 @@ def own_folder(out: str | Path) -> Iterator[Path]:
         yield Path(out)
         return
     with tempfile.TemporaryDirectory(prefix="unlearnjax-") as scratch:
-        place = Path(out)
+        place, failed = Path(out), None
         if follows():
-            place = Path(scratch) / (Path(out).name or "out")
+            place = Path(scratch).resolve() / "out"
             source = Path(out).expanduser().resolve()
             _firsts[place] = source
-            if source.is_dir():
-                shutil.copytree(source, place, ignore=shutil.ignore_patterns("lock", ".*.part"))
-        largest(0)  # nobody changes anything before all have looked
+            try:
+                if source.is_dir():
+                    shutil.copytree(source, place, ignore=shutil.ignore_patterns("lock", ".*.part", "*step-*"))
+            except (OSError, shutil.Error) as error:
+                failed = error
+        # Nobody changes anything before all have looked.
+        if largest(failed is not None)[0]:
+            reason = "another process could not" if failed is None else str(failed)[:200]
+            raise UserError(f"{out}: could not be copied to {tempfile.gettempdir()} by every process ({reason})")
         try:
             yield place
         finally:
@@ -204,12 +232,14 @@ def own_folder(out: str | Path) -> Iterator[Path]:
 
 def fetch(tree: PyTree[Any]) -> PyTree[Any]:
     """Arrays in host memory, whole in every process."""
-    leaves = jax.tree.leaves(tree)
-    if all(not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated for x in leaves):
-        return jax.device_get(tree)
     from jax.experimental import multihost_utils
 
-    return multihost_utils.process_allgather(tree, tiled=True)
+    def one(x: Any) -> Any:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return jax.device_get(x)
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(one, tree) if several() else jax.device_get(tree)
 
 
 def put(tree: PyTree[Any], places: PyTree[NamedSharding]) -> PyTree[jax.Array]:

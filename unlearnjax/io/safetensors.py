@@ -399,11 +399,13 @@ def write_sharded(
     folder = Path(folder)
     files = shards([Entry(*t) for t in tensors], max_shard_bytes)
     for name, shard in files.items():
+        if name in written:
+            continue
         if follows():
             # Values may be gathered from all processes; one of them writes.
             for entry in shard:
                 _ = entry.value() if callable(entry.value) else None
-        elif name not in written:
+        else:
             with staged_file(folder / name) as path:
                 write_file(path, shard, metadata)
     if len(files) == 1:

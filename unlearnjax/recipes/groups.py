@@ -102,9 +102,8 @@ def groups_of(
 
 
 def _parts(own: list[Any], at_once: int | None) -> list[list[Any]]:
-    """As few parts as it takes, of like sizes: one program may serve them all."""
-    count = 1 if at_once is None else -(-len(own) // at_once)
-    size = -(-len(own) // count)
+    """Full parts, and what is left: where all of them and `at_once` divide by a mesh's axis, so does every part."""
+    size = len(own) if at_once is None else at_once
     return [own[i : i + size] for i in range(0, len(own), size)]
 
 

@@ -16,7 +16,7 @@ import unlearnjax
 from unlearnjax.data.rows import fingerprint as rows_fingerprint
 from unlearnjax.data.schedule import Schedule
 from unlearnjax.data.tokens import Tokens
-from unlearnjax.distributed.processes import fetch
+from unlearnjax.distributed.processes import agreed, fetch
 from unlearnjax.errors import UserError
 from unlearnjax.io.atomic import remove_left_overs, require_free
 from unlearnjax.recipes.describe import describe_hardware
@@ -109,7 +109,7 @@ def run_fingerprint(
 def model_fingerprint(params: PyTree) -> dict[str, Any]:
     """What a model's outputs depend on beside its input, bit for bit: its weights, and what computes."""
     device = jax.devices()[0]
-    return {
+    made = {
         "base weights": weights_sha256(params),
         "packages": {"unlearnjax": unlearnjax.__version__, **{name: version(name) for name in PACKAGES}},
         "device": {
@@ -122,6 +122,7 @@ def model_fingerprint(params: PyTree) -> dict[str, Any]:
             "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         },
     }
+    return agreed(lambda: made)  # hosts of one job may have different processors
 
 
 def weights_sha256(tree: PyTree) -> str:

@@ -200,7 +200,12 @@ def run(
         rows = min(len(g.objective.sides) * recipe.candidates[i].micro_batch for g in groups for i in g.group.places)
         shared = choose_mesh(mesh, len(recipe.candidates), models * weight_bytes(lm.config, dtype), rows)
     if recipe.training.candidates_at_once is None:
-        most = candidates_at_once(recipe, groups, lm.config, dtype, mesh_of(lm.params) if folder is None else shared)
+        if resume and (out / "recipe.yml").exists():
+            # What it was begun with, wherever that was.
+            most = yaml.safe_load((out / "recipe.yml").read_text(encoding="utf-8"))["training"]["candidates_at_once"]
+        else:
+            at = mesh_of(lm.params) if folder is None else shared
+            most = candidates_at_once(recipe, groups, lm.config, dtype, at)
         if most is not None:
             (say or say_by_warning)(
                 f"the devices hold {most} candidates at once: they train in turns (training: candidates_at_once)"

@@ -58,17 +58,17 @@ def canonical(value: Any) -> str:
 
 
 def write_checkpoint(
-    folder: Path, snapshot: Snapshot, fingerprint: Mapping[str, Any], meet: Callable[[], None] = lambda: None
+    folder: Path, snapshot: Snapshot, fingerprint: Mapping[str, Any], meet: Callable[[str], None] = lambda key: None
 ) -> None:
     """Write a checkpoint as `folder`, whole or not at all.
 
     Args:
       snapshot: its states' leaves are numpy arrays or `Pieces`, which nobody changes meanwhile.
       fingerprint: plain data that says which run this belongs to.
-      meet: waits for all processes of the job, which all write the same checkpoint.
+      meet: waits for all processes of the job, which all write the same checkpoint, at a place of that name.
 
     Raises:
-      UserError, OSError or what Orbax raises: it could not be written; nothing is left behind.
+      UserError, OSError: it could not be written; nothing is left behind.
     """
     leaves = {name: x if isinstance(x, Pieces) else held(x) for name, x in leaf_names(snapshot.states).items()}
     manifest = {
@@ -92,7 +92,7 @@ def write_checkpoint(
 
 
 def _write_together(
-    folder: Path, leaves: Mapping[str, Pieces], manifest: Mapping[str, Any], meet: Callable[[], None]
+    folder: Path, leaves: Mapping[str, Pieces], manifest: Mapping[str, Any], meet: Callable[[str], None]
 ) -> None:
     """As `staged_folder` with all processes of the job: each comes to every meeting, whatever happened to it."""
     beside = folder.with_name(f".{folder.name}.0.part")
@@ -103,7 +103,7 @@ def _write_together(
             beside.mkdir()
         except OSError as failed:
             error = failed
-    meet()
+    meet("made")
     own = beside / _part(jax.process_index())
     try:
         _write_part(own, leaves)
@@ -111,21 +111,24 @@ def _write_together(
             flush(own.with_suffix(kind))
     except Exception as failed:
         error = error or failed
-        for kind in (ARRAYS, PART):
-            own.with_suffix(kind).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
+            own.with_suffix(PART).unlink(missing_ok=True)
+            own.with_suffix(ARRAYS).unlink(missing_ok=True)
             own.with_suffix(FAILED).write_text(_short(failed), encoding="utf-8")
-    meet()
-    if error is None and not follows():
-        try:
-            _write_manifest(beside, manifest, jax.process_count())
-            flush_tree(beside)
-            beside.rename(folder)
-        except Exception as failed:
-            error = failed
-    if not follows():
-        shutil.rmtree(beside, ignore_errors=True)
-    meet()
+    try:
+        meet("written")
+        if error is None and not follows():
+            try:
+                _write_manifest(beside, manifest, jax.process_count())
+                flush_tree(beside)
+                beside.rename(folder)
+                flush(folder.parent)
+            except Exception as failed:
+                error = failed
+    finally:
+        if not follows():
+            shutil.rmtree(beside, ignore_errors=True)
+    meet("ended")
     if error is not None:
         explain(error, folder)
         raise error

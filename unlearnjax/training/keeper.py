@@ -4,6 +4,7 @@ The processes of one job have one folder of checkpoints, on a file system that a
 devices hold, and the first one does the rest.
 """
 
+import functools
 import json
 import os
 import re
@@ -56,8 +57,9 @@ class Keeper:
     say: Callable[[str], None]
     resume: bool
     lock: int  # -1 where another process holds it for all
-    meet: Callable[[], None]  # waits for the job's other processes
+    meet: Callable[[str], None]  # waits for the job's other processes
     saved: int | None = None  # the step of the newest checkpoint that is known to be whole
+    _saves: int = 0  # the same in every process
     _last: float = field(default_factory=time.monotonic)
     _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
     _writing: tuple[int, Future[None]] | None = None
@@ -78,15 +80,16 @@ class Keeper:
         """
         self._collect()
         self._last = time.monotonic()
-        self._writing = snapshot.step, self._writer.submit(self._write, snapshot)
+        self._saves += 1
+        self._writing = snapshot.step, self._writer.submit(self._write, snapshot, self._saves)
         if wait:
             self._collect()
 
-    def _write(self, snapshot: Snapshot) -> None:
+    def _write(self, snapshot: Snapshot, number: int) -> None:
         target = self.folder / f"step-{snapshot.step:08d}"
         if not follows():
             shutil.rmtree(target, ignore_errors=True)
-        write_checkpoint(target, snapshot, self.fingerprint, self.meet)
+        write_checkpoint(target, snapshot, self.fingerprint, lambda place: self.meet(f"{number} {place}"))
         if not follows():
             for old in self._found()[KEEP:]:
                 shutil.rmtree(old, ignore_errors=True)
@@ -121,11 +124,12 @@ class Keeper:
           UserError: a checkpoint of another run.
         """
         for name in agreed(lambda: [found.name for found in self._found()]):
-            place, snapshot, damage = self.folder / name, None, None
+            place, snapshot = self.folder / name, None
+            damage: Any = agreed(functools.partial(self._whose, place))
             try:
-                manifest = unseal(place / MANIFEST)
-                _same_run(manifest["fingerprint"], self.fingerprint, place)
-                snapshot = read_checkpoint(place, manifest, like)
+                if damage is None:
+                    manifest = unseal(place / MANIFEST)
+                    snapshot = read_checkpoint(place, manifest, like)
             except Damaged as found:
                 damage = found
             damaged = largest(damage is not None)[0]
@@ -143,6 +147,14 @@ class Keeper:
                 place.rename(aside)
         if self.resume:
             self.say(f"{self.folder}: there is no whole checkpoint; training starts from the beginning")
+        return None
+
+    def _whose(self, place: Path) -> str | None:
+        """What is wrong with a checkpoint's manifest, if anything. Raises `UserError`: it is another run's."""
+        try:
+            _same_run(unseal(place / MANIFEST)["fingerprint"], self.fingerprint, place)
+        except Damaged as damage:
+            return str(damage)
         return None
 
     def close(self) -> None:
