@@ -9,8 +9,8 @@ compiler, on the mesh that a closed form calls fastest and, where that does not 
 memory of a device, products, bytes, bytes sent, and the times that each limit of the chip alone would take. Nothing is
 run: these are programs that compile and fit, not speeds.
 
---scaling: how the costs of a device grow with chips (8 to 256 of v5e, candidates with them) and with candidates.
-Efficiency is the time of the slowest limit on the fewest chips over that on more, for as much work a chip.
+--scaling: weak scaling instead, on 8 to 256 chips of v5e with two candidates to a chip. Its efficiency is the time of
+the slowest limit on 8 chips over that on more.
 """
 
 import argparse
@@ -30,7 +30,7 @@ MODELS = {
 }  # fmt: skip
 TOPOLOGIES = ("v5e-8", "v5e-16", "v5e-256", "v5p-64", "v6e-256")
 COUNTS = (2, 16, 64)
-MOST = 4096  # candidates that are tried
+STEPS = [1, *(n for power in (2**i for i in range(1, 12)) for n in (power, power * 3 // 2)), 4096]  # 1, 2, 3, 4, 6 ...
 
 
 def model(name: str) -> Any:
@@ -39,50 +39,34 @@ def model(name: str) -> Any:
     return ModelConfig(**MODELS[name])  # type: ignore[arg-type]
 
 
-def planned(name: str, topology: str, candidates: int, mesh: str | None = None) -> dict[str, Any]:
+def planned(name: str, topology: str, candidates: int) -> dict[str, Any]:
     """The training step on the first mesh that fits, of three."""
     from unlearnjax.distributed.estimate import meshes
-    from unlearnjax.distributed.mesh import parse_mesh
     from unlearnjax.distributed.plan import make_plan, plan_as_plain
     from unlearnjax.distributed.programs import Workload
     from unlearnjax.distributed.topology import parse_topology
 
     place, work = parse_topology(topology), Workload(candidates=candidates)
-    wanted = [parse_mesh(mesh)] if mesh else meshes(model(name), work, place.devices, place.chip)[:3]
-    for sizes in wanted:
+    for sizes in meshes(model(name), work, place.devices, place.chip)[:3]:
         found = plan_as_plain(make_plan(model(name), place, work, sizes, whole=False))["tried"][0]
         if found["fits"]:
             break
     return found
 
 
-def larger(candidates: int) -> int:
-    """The next of 1, 2, 3, 4, 6, 8, 12, ..."""
-    power = 1 << (candidates.bit_length() - 1)
-    return candidates * 3 // 2 if candidates == power and power > 1 else 2 * power
-
-
-def _steps() -> list[int]:
-    found = [1]
-    while found[-1] < MOST:
-        found.append(larger(found[-1]))
-    return found
-
-
 def largest(ask: Any, known: dict[int, bool]) -> int:
-    """The largest number of candidates of `_steps` that fits; 0: none does. `ask(n)`: whether n do."""
-    steps = _steps()
-    low = max((i for i, n in enumerate(steps) if known.get(n)), default=-1)
-    high = min((i for i, n in enumerate(steps) if known.get(n) is False), default=len(steps))
+    """The largest of `STEPS` that fits; 0: none does. `ask(n)`: whether n candidates do."""
+    low = max((i for i, n in enumerate(STEPS) if known.get(n)), default=-1)
+    high = min((i for i, n in enumerate(STEPS) if known.get(n) is False), default=len(STEPS))
     while high - low > 1:
         # Doubling first: what fits is more often near what is known than in the middle of all.
-        middle = (low + high) // 2 if high < len(steps) else min(low + 2, len(steps) - 1)
+        middle = (low + high) // 2 if high < len(STEPS) else min(low + 2, len(STEPS) - 1)
         middle = low + 1 if middle in (low, high) else middle
-        if ask(steps[middle]):
+        if ask(STEPS[middle]):
             low = middle
         else:
             high = middle
-    return steps[low] if low >= 0 else 0
+    return STEPS[low] if low >= 0 else 0
 
 
 def main() -> None:
@@ -90,18 +74,17 @@ def main() -> None:
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     p.add_argument("--topologies", nargs="+", default=list(TOPOLOGIES))
-    p.add_argument("--scaling", action="store_true", help="the growth with chips and candidates only")
-    p.add_argument("--no-largest", action="store_true", help="not the largest number that fits")
+    p.add_argument("--scaling", action="store_true", help="weak scaling only")
     a = p.parse_args()
     kept = json.loads(a.out.read_text(encoding="utf-8")) if a.out.exists() else {"benchmark": "plans", "cases": []}
     kept["hardware"] = bench.hardware()
-    done = {(c["model"], c["topology"], c["candidates"], c["asked"]): c for c in kept["cases"]}
+    done = {(c["model"], c["topology"], c["candidates"]): c for c in kept["cases"]}
 
-    def case(name: str, topology: str, candidates: int, mesh: str | None = None) -> dict[str, Any]:
-        key = (name, topology, candidates, mesh)
+    def case(name: str, topology: str, candidates: int) -> dict[str, Any]:
+        key = (name, topology, candidates)
         if key not in done:
-            done[key] = {"model": name, "topology": topology, "candidates": candidates, "asked": mesh,
-                         **planned(name, topology, candidates, mesh)}  # fmt: skip
+            done[key] = {"model": name, "topology": topology, "candidates": candidates,
+                         **planned(name, topology, candidates)}  # fmt: skip
             kept["cases"] = list(done.values())
             a.out.parent.mkdir(parents=True, exist_ok=True)
             a.out.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
@@ -118,17 +101,19 @@ def main() -> None:
     for name in a.models:
         for topology in a.topologies:
             known = {n: bool(case(name, topology, n)["fits"]) for n in COUNTS}
-            if not a.no_largest:
-                top = largest(lambda n, name=name, topology=topology: bool(case(name, topology, n)["fits"]), known)
-                print(f"{name} on {topology}: {top} candidates at most", flush=True)
+            top = largest(lambda n, name=name, topology=topology: bool(case(name, topology, n)["fits"]), known)
+            print(f"{name} on {topology}: {top} candidates at most", flush=True)
 
 
 def scaling(name: str, case: Any) -> None:
-    """As many candidates a chip on more chips: on 8 to 256, two to a chip's worth; and more of them on 8."""
-    for chips in (8, 16, 64, 256):
-        case(name, f"v5e-{chips}", 2 * chips)
-    for candidates in (2, 4, 8, 16, 32):
-        case(name, "v5e-8", candidates)
+    """Two candidates to a chip, on more and more of them."""
+    chips = (8, 16, 64, 256)
+    found = [case(name, f"v5e-{n}", 2 * n) for n in chips]
+    if not all(one["fits"] for one in found):
+        print(f"{name}: two candidates to a chip do not fit", flush=True)
+        return
+    bounds = [max(one["seconds"].values()) for one in found]
+    print(f"{name}: " + ", ".join(f"{n} chips {bounds[0] / t:.0%}" for n, t in zip(chips, bounds)), flush=True)
 
 
 if __name__ == "__main__":

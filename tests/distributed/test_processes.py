@@ -103,9 +103,13 @@ def port():
 
 def told(program, own, *arguments):
     """What two processes print last, as JSON."""
-    processes = []
+    processes, number = [], port()
     for i in range(2):
-        env = own(i) | {"JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+        env = own(number, i) | {
+            "JAX_NUM_CPU_DEVICES": "2",
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        }
         command = [sys.executable, "-c", program, *arguments]
         processes.append(subprocess.Popen(command, env={**os.environ, **env}, stdout=subprocess.PIPE, text=True))
     found = []
@@ -116,29 +120,28 @@ def told(program, own, *arguments):
     return found
 
 
-def by_environment(i):
+def by_environment(number, i):
     return {
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port.number}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(i)
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{number}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(i)
     }  # fmt: skip
 
 
-def by_srun(i):
+def by_srun(number, i):
     return {
-        "SLURM_JOB_ID": str(port.number), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
+        "SLURM_JOB_ID": str(number), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
         "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "SLURM_STEP_NUM_NODES": "1",
     }  # fmt: skip
 
 
-def by_mpirun(i):
+def by_mpirun(number, i):
     return {
-        "OMPI_MCA_orte_hnp_uri": f"{4096 * port.number}.0;tcp://127.0.0.1:1", "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_MCA_orte_hnp_uri": f"{4096 * number}.0;tcp://127.0.0.1:1", "OMPI_COMM_WORLD_SIZE": "2",
         "OMPI_COMM_WORLD_RANK": str(i), "OMPI_COMM_WORLD_LOCAL_RANK": str(i),
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("started", [by_environment, by_srun, by_mpirun])
 def test_two_processes_find_each_other_and_agree(started, tmp_path):
-    port.number = port()
     out = tmp_path / "out"
     out.mkdir()
     (out / "begun").write_text("x")
@@ -160,7 +163,6 @@ def test_two_processes_find_each_other_and_agree(started, tmp_path):
 @pytest.mark.parametrize("damage", ["none", "damage"])
 def test_processes_write_and_read_one_checkpoint(damage, tmp_path):
     """Of the third one process cannot write its part, and there is no third; a bit that is wrong for one is for all."""
-    port.number = port()
     found = told(SAVING, by_environment, str(tmp_path / "checkpoints"), damage)
     step = 1 if damage == "damage" else 2
     for i, said in enumerate(found):

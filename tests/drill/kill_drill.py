@@ -244,7 +244,7 @@ def first_file(run, out, before):
 
 def fill(path):
     """Write until nothing more fits."""
-    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+    with path.open("wb", buffering=0) as file:
         for size in (1 << 20, 1 << 12, 1):
             with contextlib.suppress(OSError):
                 while file.write(bytes(size)) == size:
@@ -338,7 +338,7 @@ def main():
             print(number + 1, json.dumps(cycles[-1]), flush=True)
     good = sum(c["identical"] for c in cycles)
     settings = f"--times {options.times} --seed {options.seed} --epochs {options.epochs}"
-    settings += f" --processes {options.processes}"
+    settings += f" --processes {options.processes}{'' if options.disk is None else ' --disk FOLDER'}"
     record = {
         "what": "runs struck at random moments, some with a damaged checkpoint as well, resumed to their end",
         "command": f"python tests/drill/kill_drill.py {settings}",

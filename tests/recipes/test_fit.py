@@ -74,7 +74,7 @@ def test_as_many_as_the_memory_holds(world, together, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "train_candidates", train)
     report, said = done(world, tmp_path / "out")
     assert asked and len(groups) > 1 and max(groups) == report["recipe"]["training"]["candidates_at_once"]
-    assert len(said) == 1 and f"hold {max(groups)} candidates at once" in said[0]
+    assert len(said) == 1 and f"more than {max(groups)} candidates at once do not fit" in said[0]
     check(tmp_path / "out", report, together)
     for memory, most in ((None, None), (1 << 60, None), (1, 1)):
         monkeypatch.setattr(fit, "device_memory", lambda memory=memory: memory)

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
+from tests.distributed.test_processes import port
 from tests.recipes.test_mesh import RECIPE, numbers
 from unlearnjax.cli.main import LOST, main
 from unlearnjax.io.safetensors import open_folder
@@ -20,16 +20,10 @@ pytestmark = pytest.mark.slow
 MESH = ("--mesh", "candidate=2,fsdp=4")
 
 
-def port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 class Job:
-    """The processes of one job on this machine."""
+    """The processes of one job on this machine; `last`: what the last one's command line has beside."""
 
-    def __init__(self, arguments, folder, count=2, devices=4):
+    def __init__(self, arguments, folder, count=2, devices=4, last=()):
         self.folder, address = folder, f"127.0.0.1:{port()}"
         folder.mkdir(exist_ok=True)
         self.processes = []
@@ -41,7 +35,8 @@ class Job:
                 own |= {
                     "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index),
                 }  # fmt: skip
-            command = [sys.executable, "-m", "unlearnjax.cli.main", *arguments]
+            more = last if index == count - 1 else ()
+            command = [sys.executable, "-m", "unlearnjax.cli.main", *arguments, *more]
             with self._log(index).open("w") as log:
                 process = subprocess.Popen(command, env={**os.environ, **own}, stdout=log, stderr=subprocess.STDOUT)
             self.processes.append(process)
@@ -144,13 +139,20 @@ def test_a_killed_process_ends_the_others_and_the_job_goes_on(command, alone, tm
     check(out, alone)
 
 
-def test_an_error_of_one_process_ends_all(command, tmp_path):
-    """A recipe that is wrong is wrong for all; each says so, and none waits for another."""
-    job = Job(
-        [*command, *MESH, "--out", str(tmp_path / "out"), "--mmlu-data", str(tmp_path / "none")], tmp_path / "logs"
-    )
+def test_an_error_of_all_is_told_by_all(command, tmp_path):
+    none = ["--mmlu-data", str(tmp_path / "none")]
+    job = Job([*command, *MESH, "--out", str(tmp_path / "out"), *none], tmp_path / "logs")
     assert job.ended(seconds=120) == [2, 2]
     assert all("none" in log for log in job.logs())
+
+
+def test_an_error_of_one_ends_the_other(command, tmp_path):
+    """Such as a host that does not see a file: the other one would wait for it for ever."""
+    none = ["--mmlu-data", str(tmp_path / "none")]
+    job = Job([*command, *MESH, "--out", str(tmp_path / "out")], tmp_path / "logs", last=none)
+    first, second = job.ended(seconds=120)
+    assert second == 2 and first in (LOST, -signal.SIGABRT), job.logs()
+    assert not (tmp_path / "out" / "report.json").exists()
 
 
 @pytest.mark.parametrize("what", ["evaluate", "trace"])

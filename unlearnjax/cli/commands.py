@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unlearnjax.distributed.processes import follows
+
 if TYPE_CHECKING:
     from unlearnjax.recipes.prepare import Sources
 
@@ -28,11 +30,8 @@ def mesh_sizes(a: argparse.Namespace) -> dict[str, int] | None:
 
 def say(message: str) -> None:
     """One line on stderr, of the process that speaks for all."""
-    from unlearnjax.distributed.processes import follows
-
-    if follows():
-        return
-    print(f"unlearnjax: {message}", file=sys.stderr)
+    if not follows():
+        print(f"unlearnjax: {message}", file=sys.stderr)
 
 
 def _warn(message: str) -> None:

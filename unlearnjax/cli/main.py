@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from unlearnjax.cli import bench, commands, merge, plan, trace
 from unlearnjax.cli.huge_pages import restart_with_huge_pages
+from unlearnjax.distributed.processes import follows, join, leave, own_folder, several
 from unlearnjax.errors import UserError, nearest
 from unlearnjax.training.interrupt import Stop, catch_signals
 
@@ -157,8 +158,6 @@ def parser() -> argparse.ArgumentParser:
 def _share(arguments: argparse.Namespace, stack: contextlib.ExitStack) -> None:
     """Join the job's other processes, where there are any. The first one writes and speaks; the others write to a place
     of their own and speak of errors alone."""
-    from unlearnjax.distributed.processes import follows, join, own_folder
-
     join()
     arguments.out = str(stack.enter_context(own_folder(arguments.out)))
     if follows():
@@ -176,22 +175,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = _main(argv)
     except Exception as error:
-        if not _among_others():
+        if not several():
             raise
         status = _alone(error)
-    if _among_others():
-        from unlearnjax.distributed.processes import leave
-
+    if several():
         leave(status)
     return status
-
-
-def _among_others() -> bool:
-    if "jax" not in sys.modules:  # seconds to import, and some commands do without
-        return False
-    from unlearnjax.distributed.processes import several
-
-    return several()
 
 
 def _alone(error: Exception) -> int:

@@ -1,7 +1,8 @@
 """One job of several processes: how they find each other, and what one of them says for all.
 
 Every process runs the same program on the same input and comes to the same decisions. What only one may do (write a
-file, look at a folder that changes) the first does, and the others take its word.
+file, look at a folder that changes) the first does, and the others take its word. Nothing here loads jax before it is
+needed: the command line, and what reads files only, ask whether there are others too.
 """
 
 import contextlib
@@ -16,10 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jax
 import numpy as np
-from jax.sharding import NamedSharding
-from jaxtyping import PyTree
 
 from unlearnjax.errors import UserError
 
@@ -74,6 +72,8 @@ def join() -> None:
     Raises:
       UserError: these are incomplete, or the others cannot be reached.
     """
+    import jax
+
     by = launcher()
     if by is None or jax.distributed.is_initialized():
         return
@@ -107,13 +107,21 @@ def join() -> None:
 
 
 def several() -> bool:
-    """Whether this job has more than one process."""
+    """Whether this job has more than one process. Does not load jax: without it nobody has joined others."""
+    if "jax" not in sys.modules:
+        return False
+    import jax
+
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def follows() -> bool:
     """Whether another process is the one that speaks and writes for all."""
-    return several() and jax.process_index() > 0
+    if not several():
+        return False
+    import jax
+
+    return jax.process_index() > 0
 
 
 def agreed(say: Callable[[], T]) -> T:
@@ -159,9 +167,8 @@ _meetings = itertools.count()  # a barrier's name serves once
 def meetings(name: str) -> Callable[[str], None]:
     """A function that waits until all processes of the job have called theirs with the same key, each key once.
 
-    All must ask for it at the same place.
-
-    Not through the devices: another thread than the one that runs programs may call it.
+    All must ask for it at the same place. Not through the devices: another thread than the one that runs programs may
+    call it.
     """
     if not several():
         return lambda key: None
@@ -230,8 +237,9 @@ def own_folder(out: str | Path) -> Iterator[Path]:
             _firsts.pop(place, None)
 
 
-def fetch(tree: PyTree[Any]) -> PyTree[Any]:
+def fetch(tree: Any) -> Any:
     """Arrays in host memory, whole in every process."""
+    import jax
     from jax.experimental import multihost_utils
 
     def one(x: Any) -> Any:
@@ -242,10 +250,11 @@ def fetch(tree: PyTree[Any]) -> PyTree[Any]:
     return jax.tree.map(one, tree) if several() else jax.device_get(tree)
 
 
-def put(tree: PyTree[Any], places: PyTree[NamedSharding]) -> PyTree[jax.Array]:
+def put(tree: Any, places: Any) -> Any:
     """Host arrays, the same in every process, laid where `places` says; each process handles its own devices' parts."""
+    import jax
 
-    def one(x: Any, place: NamedSharding) -> jax.Array:
+    def one(x: Any, place: Any) -> Any:
         if place.is_fully_addressable or (isinstance(x, jax.Array) and not x.is_fully_addressable):
             return jax.device_put(x, place)
         whole = np.asarray(x)

@@ -201,14 +201,15 @@ def run(
         shared = choose_mesh(mesh, len(recipe.candidates), models * weight_bytes(lm.config, dtype), rows)
     if recipe.training.candidates_at_once is None:
         if resume and (out / "recipe.yml").exists():
-            # What it was begun with, wherever that was.
-            most = yaml.safe_load((out / "recipe.yml").read_text(encoding="utf-8"))["training"]["candidates_at_once"]
+            # What it was begun with, whatever the devices were there.
+            begun = yaml.safe_load((out / "recipe.yml").read_text(encoding="utf-8"))
+            most = begun.get("training", {}).get("candidates_at_once")
         else:
             at = mesh_of(lm.params) if folder is None else shared
             most = candidates_at_once(recipe, groups, lm.config, dtype, at)
         if most is not None:
             (say or say_by_warning)(
-                f"the devices hold {most} candidates at once: they train in turns (training: candidates_at_once)"
+                f"more than {most} candidates at once do not fit: they train in turns (training: candidates_at_once)"
             )
             recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, candidates_at_once=most))
             groups = prepare(recipe, lm, data, sources)

@@ -17,6 +17,7 @@ as long as what they have to run: the blocks are those of the distance to the en
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -61,8 +62,8 @@ class Mediated(NamedTuple):
 def blocks(rest: int) -> list[tuple[int, int]]:
     """(first position, how many) of those restored side by side, which all run from the first of them to the end.
 
-    Their number grows with the distance to the end, so that about a fifth of the work is for positions before a
-    restored one, and a long prompt does not have many more blocks than a short one.
+    How many grows with their distance to the end: a tenth to a fifth of the work is for positions before a restored
+    one, and a long prompt does not have many more blocks than a short one.
     """
     found, done = [], 0
     while done < rest:
@@ -162,11 +163,9 @@ def _plan(kinds: tuple[str, ...], layers: int, window: int) -> _Plan:
         kept = -1
         for layer in range(layers):
             low, high = window_of(layer, layers, window)
-            shared, enter = low == 0 and kept >= 0, low
-            if shared:
-                enter = kept
-            kept = min(high, layers - 1) if low == 0 else -1
-            rows.append((enter, low, high, site, int(shared), kept))
+            before, kept = kept, min(high, layers - 1) if low == 0 else -1
+            shared = low == 0 and before >= 0
+            rows.append((before if shared else low, low, high, site, int(shared), kept))
     return _Plan(*jnp.asarray(rows, jnp.int32).reshape(-1, 6).T)
 
 
@@ -233,7 +232,7 @@ class _Runs(NamedTuple):
             return build(middle, unroll=True).forward(
                 {"layers": (None, weights, None)}, None, _flat(x, 3), cache=cache, taps=Taps(replace=taps),
                 positions=positions, segments=segments, layers=(1, 2),
-                at=jnp.full((x.shape[0] * x.shape[1] * x.shape[2], 1), end, jnp.int32) if last else None,
+                at=jnp.full((math.prod(shape), 1), end, jnp.int32) if last else None,
             ).hidden  # fmt: skip
 
         kinds = set(self.config.sliding) or {False}

@@ -25,9 +25,9 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from unlearnjax.distributed.processes import follows, several
+from unlearnjax.distributed.processes import follows
 from unlearnjax.errors import UserError
-from unlearnjax.io.atomic import explain, flush, flush_tree, staged_folder
+from unlearnjax.io.atomic import explain, flush, flush_tree
 from unlearnjax.io.safetensors import Entry, open_file, write_file
 from unlearnjax.training.loop import Clock, Curve, Snapshot
 from unlearnjax.training.pieces import Gathering, Pieces, held
@@ -83,24 +83,19 @@ def write_checkpoint(
             "clock": snapshot.clock._asdict(),
         },
     }
-    if not several():
-        with staged_folder(folder) as beside:
-            _write_part(beside / _part(0), leaves)
-            _write_manifest(beside, manifest, 1)
-        return
     _write_together(folder, leaves, manifest, meet)
 
 
 def _write_together(
     folder: Path, leaves: Mapping[str, Pieces], manifest: Mapping[str, Any], meet: Callable[[str], None]
 ) -> None:
-    """As `staged_folder` with all processes of the job: each comes to every meeting, whatever happened to it."""
+    """As `staged_folder`, by all processes of the job: each comes to every meeting, whatever happened to it."""
     beside = folder.with_name(f".{folder.name}.0.part")
     error: Exception | None = None
     if not follows():
         try:
             shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir()
+            beside.mkdir(parents=True)
         except OSError as failed:
             error = failed
     meet("made")

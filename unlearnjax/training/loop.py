@@ -129,7 +129,7 @@ def train(
       progress: show a bar with candidate-steps (optimizer updates summed over candidates) per second.
       after_step: called with the number of steps done and the states, which the next step will overwrite.
       assessor: looks at the candidates now and then and keeps the best of each in the states (`Task.keep_best`).
-      start: where to go on; its lists are taken over. Default: the beginning.
+      start: where to go on; its lists, and on a mesh its arrays on devices, are taken over. Default: the beginning.
       keeper: gets a snapshot when it asks for one, when `stop` asks to stop, and after the last step.
       stop: looked at between two steps.
 
@@ -146,7 +146,7 @@ def train(
         blank = [Curve([], [], {t.name: [] for t in task.objective.terms}, []) for _ in range(n)]
         start = Snapshot(0, fresh_states(task, params, h), blank, [{} for _ in range(n)], [None] * n, Clock())
     else:
-        # Arrays of their own: the step takes over its argument's buffers.
+        # The step takes over its argument's buffers: of one device they are copied, restored ones of a mesh are not.
         if mesh is None:
             states = jax.device_put(start.states, may_alias=False)
         else:

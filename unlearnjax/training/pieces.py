@@ -39,8 +39,6 @@ def region_of(index: tuple[slice, ...], shape: tuple[int, ...]) -> Region:
 
 def held(leaf: Any) -> Pieces:
     """A copy of what this process is to keep of an array. A numpy array is the same in every process."""
-    if not leaf.size:  # Orbax refuses empty arrays, and nothing is lost of them
-        return Pieces(leaf.shape, np.dtype(leaf.dtype), {})
     if not isinstance(leaf, jax.Array):
         return Pieces(leaf.shape, leaf.dtype, {} if follows() else {whole_of(leaf.shape): np.array(leaf)})
     parts = {
@@ -88,7 +86,7 @@ class Gathering:
             self._missing[own] -= math.prod(_sizes(common))
 
     def complete(self) -> bool:
-        """Whether every entry was added, and once."""
+        """Whether as many entries were added as there are: pieces of one array do not overlap."""
         return not any(self._missing.values())
 
     def array(self) -> np.ndarray | jax.Array:

@@ -163,7 +163,8 @@ def relearn(
         model, on_top(model.config, jax.tree.map(lambda x: x[0], below), attack.rank), objective(["gdr"]), False
     )
     states = fresh_states(task, params, h)
-    states = states._replace(trainable={**states.trainable, "below": below})
+    # A copy: on a mesh training takes over what it starts from.
+    states = states._replace(trainable={**states.trainable, "below": jax.tree.map(jnp.copy, below)})
     curves = [Curve([], [], {"gdr": []}, []) for _ in range(count)]
     start = Snapshot(0, states, curves, [{} for _ in range(count)], [None] * count, Clock())
     measured: list[list[list[dict[str, float | None]]]] = []  # by step, (attacked, others), candidate
