@@ -5,9 +5,10 @@
 For OLMo-1B, OLMo-7B and Llama-3-70B (bfloat16 base, LoRA of rank 32 on all linears, NPO + GDR + KLR, 4 + 4 rows of 256
 tokens per candidate and step), 2, 16 and 64 candidates on v5e-8, v5e-16, v5e-256, v5p-64 and v6e-256, and the largest
 number of candidates (powers of two, and those and a half) that fits: the training step is compiled by TPUs' own
-compiler, on the mesh that a closed form calls fastest and, where that does not fit, the next two. Reported for each:
-memory of a device, products, bytes, bytes sent, and the times that each limit of the chip alone would take. Nothing is
-run: these are programs that compile and fit, not speeds.
+compiler, on the mesh that a closed form calls fastest and, where that does not fit, the next two. What that form puts
+at more than twice a device's memory on every mesh is not compiled. Reported for each: memory of a device, products,
+bytes, bytes sent, and the times that each limit of the chip alone would take. Nothing is run: these are programs that
+compile and fit, not speeds.
 
 --scaling: weak scaling instead, on 8 to 256 chips of v5e with two candidates to a chip. Its efficiency is the time of
 the slowest limit on 8 chips over that on more.
@@ -39,34 +40,54 @@ def model(name: str) -> Any:
     return ModelConfig(**MODELS[name])  # type: ignore[arg-type]
 
 
+def guess(name: str, topology: str) -> int:
+    """Which of `STEPS` fits at most, by the closed form: where to begin to look."""
+    from unlearnjax.distributed.estimate import estimate, meshes
+    from unlearnjax.distributed.programs import Workload
+    from unlearnjax.distributed.topology import parse_topology
+
+    place = parse_topology(topology)
+
+    def fits(n: int) -> bool:
+        work = Workload(candidates=n)
+        first = meshes(model(name), work, place.devices, place.chip)[0]
+        return estimate(model(name), work, first, place.chip).held <= 0.9 * place.chip.memory
+
+    return max((n for n in STEPS if fits(n)), default=STEPS[0])
+
+
 def planned(name: str, topology: str, candidates: int) -> dict[str, Any]:
     """The training step on the first mesh that fits, of three."""
-    from unlearnjax.distributed.estimate import meshes
+    from unlearnjax.distributed.estimate import estimate, meshes
+    from unlearnjax.distributed.mesh import describe_sizes
     from unlearnjax.distributed.plan import make_plan, plan_as_plain
     from unlearnjax.distributed.programs import Workload
     from unlearnjax.distributed.topology import parse_topology
 
     place, work = parse_topology(topology), Workload(candidates=candidates)
-    for sizes in meshes(model(name), work, place.devices, place.chip)[:3]:
+    tried = meshes(model(name), work, place.devices, place.chip)
+    held = {describe_sizes(m): estimate(model(name), work, m, place.chip).held for m in tried}
+    least = min(held, key=held.__getitem__)
+    if held[least] > 2 * place.chip.memory:
+        gib = {"total": round(held[least] / 2**30, 2), "available": round(place.chip.memory / 2**30, 2)}
+        return {"mesh": least, "fits": False, "gib": gib, "by": "closed form"}
+    for sizes in tried[:3]:
         found = plan_as_plain(make_plan(model(name), place, work, sizes, whole=False))["tried"][0]
         if found["fits"]:
             break
     return found
 
 
-def largest(ask: Any, known: dict[int, bool]) -> int:
-    """The largest of `STEPS` that fits; 0: none does. `ask(n)`: whether n candidates do."""
-    low = max((i for i, n in enumerate(STEPS) if known.get(n)), default=-1)
-    high = min((i for i, n in enumerate(STEPS) if known.get(n) is False), default=len(STEPS))
-    while high - low > 1:
-        # Doubling first: what fits is more often near what is known than in the middle of all.
-        middle = (low + high) // 2 if high < len(STEPS) else min(low + 2, len(STEPS) - 1)
-        middle = low + 1 if middle in (low, high) else middle
-        if ask(STEPS[middle]):
-            low = middle
-        else:
-            high = middle
-    return STEPS[low] if low >= 0 else 0
+def largest(ask: Any, first: int) -> int:
+    """The largest of `STEPS` that fits, looked for from `first` on; 0: none does. `ask(n)`: whether n candidates do."""
+    at = STEPS.index(first)
+    if ask(STEPS[at]):
+        while at + 1 < len(STEPS) and ask(STEPS[at + 1]):
+            at += 1
+        return STEPS[at]
+    while at > 0 and not ask(STEPS[at - 1]):
+        at -= 1
+    return STEPS[at - 1] if at > 0 else 0
 
 
 def main() -> None:
@@ -86,8 +107,7 @@ def main() -> None:
             done[key] = {"model": name, "topology": topology, "candidates": candidates,
                          **planned(name, topology, candidates)}  # fmt: skip
             kept["cases"] = list(done.values())
-            a.out.parent.mkdir(parents=True, exist_ok=True)
-            a.out.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+            keep(kept, a.out)
             found = done[key]
             fits = "fits" if found["fits"] else "does not fit"
             print(f"{name}, {candidates} candidates on {topology}: {found['mesh']}, {fits}, "
@@ -100,9 +120,18 @@ def main() -> None:
         return
     for name in a.models:
         for topology in a.topologies:
-            known = {n: bool(case(name, topology, n)["fits"]) for n in COUNTS}
-            top = largest(lambda n, name=name, topology=topology: bool(case(name, topology, n)["fits"]), known)
+            fits = lambda n, name=name, topology=topology: bool(case(name, topology, n)["fits"])  # noqa: E731
+            for n in COUNTS:
+                fits(n)
+            top = largest(fits, guess(name, topology))
+            kept.setdefault("largest", {}).setdefault(name, {})[topology] = top
+            keep(kept, a.out)
             print(f"{name} on {topology}: {top} candidates at most", flush=True)
+
+
+def keep(found: dict[str, Any], file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def scaling(name: str, case: Any) -> None:

@@ -31,21 +31,9 @@ def test_merges_are_measured_beside_a_copy(tmp_path, capsys):
 
 def test_a_mesh(tmp_path):
     out = tmp_path / "merge.jsonl"
-    argv = [
-        "bench",
-        "merge",
-        "--method",
-        "consensus",
-        "model_stock",
-        "--size",
-        "1K",
-        "--dtype",
-        "bf16",
-        "--mesh",
-        "data=8",
-    ]
-    assert main([*argv, "--repeats", "1", "--json", str(out)]) == 0
-    assert [x["mesh"] for x in lines(out)] == [{"data": 8}] * 2
+    argv = ["bench", "merge", "--method", "consensus", "model_stock", "--size", "1K", "--dtype", "bf16"]
+    assert main([*argv, "--mesh", "candidate=2,data=4", "--repeats", "1", "--json", str(out)]) == 0
+    assert [(x["mesh"], x["devices"]) for x in lines(out)] == [("candidate=2,data=4", 8)] * 2
 
 
 @pytest.mark.slow
@@ -53,8 +41,12 @@ def test_training(tmp_path, capsys):
     out = tmp_path / "train.jsonl"
     argv = ["bench", "train", "--n", "1", "2", "--micro-batch", "1", "--length", "16", "--rank", "2"]
     assert main([*argv, "--repeats", "1", "--json", str(out)]) == 0
-    one, two = lines(out)
-    for x in (one, two):
+    assert main([*argv, "--repeats", "1", "--json", str(out), "--mesh", "candidate=2,fsdp=2"]) == 0
+    one, two, *meshed = lines(out)
+    assert [(x["mesh"], x["devices"], x["candidates"]) for x in (one, two)] == [(None, 1, 1), (None, 1, 2)]
+    assert [(x["mesh"], x["devices"]) for x in meshed] == [("candidate=2,fsdp=2", 4)] * 2
+    assert [x["state_mib"] for x in meshed] == [x["state_mib"] for x in (one, two)]  # all candidates', wherever it lies
+    for x in (one, two, *meshed):
         tokens = x["candidates"] * 2 * 16
         assert x["tokens_per_second"] == pytest.approx(tokens / x["seconds"]["median"], rel=2e-3)
     assert two["state_mib"] == pytest.approx(2 * one["state_mib"], rel=0.1)
@@ -68,7 +60,8 @@ def test_training(tmp_path, capsys):
         (["merge", "--size", "0"], "size '0' is no number of entries"),
         (["merge", "--method", "tise"], "unknown method 'tise'; did you mean 'ties'?"),
         (["merge", "--mesh", "data=99"], "mesh data=99 needs 99 devices and there are 8"),
-        (["merge", "--mesh", "model=2"], "mesh 'model=2' is not data=D"),
+        (["merge", "--mesh", "model=2"], "axis 'model'"),
+        (["train", "--mesh", "fsdp=0"], "fsdp must be a whole number above 0"),
         (["merge", "--mesh", "data=3", "--size", "1K"], "1024 entries cannot be cut evenly over 3 devices"),
         (["merge", "--dtype", "f64"], "unknown dtype 'f64'"),
         (["merge", "--repeats", "0"], "--repeats must be at least 1, not 0"),

@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from unlearnjax.bench.timing import device, laps, spread
+from unlearnjax.distributed.rules import sharding
 from unlearnjax.errors import UserError
 from unlearnjax.merging import merge
 from unlearnjax.merging.api import find_rule
@@ -77,7 +78,6 @@ def measure(
         "candidates": candidates,
         "size": size,
         "dtype": dtype,
-        "mesh": None if mesh is None else dict(mesh.shape),
         "seconds": spread(seconds["merge"]),
         "copy_seconds": spread(seconds["copy"]),
         "over_copy": over["merge"],
@@ -86,13 +86,13 @@ def measure(
         "gb_per_second": float(f"{rate / 1e9:.4g}"),
         "percent_of_copy": float(f"{100 * rate * spread(seconds['copy'])['median'] / copied:.3g}"),
         "compile_seconds": float(f"{compile_seconds:.3g}"),
-        **device(),
+        **device(mesh),
     }
 
 
 def _inputs(rule: Rule, candidates: int, size: int, dtype: str, mesh: Mesh | None) -> tuple[jax.Array, Any]:
-    where = None if mesh is None else NamedSharding(mesh, PartitionSpec(None, "data"))
-    whole = None if mesh is None else NamedSharding(mesh, PartitionSpec("data"))
+    where = None if mesh is None else sharding(mesh, (None, "merged"), (candidates, size))
+    whole = None if mesh is None else sharding(mesh, ("merged",), (size,))
     needs_base = bool(rule.needs_base)
 
     def make() -> tuple[jax.Array, jax.Array | None]:

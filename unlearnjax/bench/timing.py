@@ -1,14 +1,15 @@
 """Timing jobs turn by turn, and the devices they run on."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
+from unlearnjax.distributed.mesh import describe_sizes, make_mesh, parse_mesh
 from unlearnjax.errors import UserError
 
 
@@ -34,10 +35,15 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {name: float(f"{value:.4g}") for name, value in found.items()}
 
 
-def device() -> dict[str, Any]:
-    """What the figures are of."""
+def device(mesh: Mesh | None) -> dict[str, Any]:
+    """What the figures are of: the devices that took part."""
     first = jax.devices()[0]
-    return {"platform": first.platform, "device": first.device_kind, "devices": jax.device_count()}
+    return {
+        "platform": first.platform,
+        "device": first.device_kind,
+        "devices": 1 if mesh is None else mesh.size,
+        "mesh": None if mesh is None else describe_sizes(mesh.shape),
+    }
 
 
 def parse_size(text: str) -> int:
@@ -53,18 +59,17 @@ def parse_size(text: str) -> int:
     return int(number) * factor
 
 
-def parse_mesh(text: str | None) -> Mesh | None:
-    """`data=8` as a mesh with that axis over the first 8 devices.
+def mesh_named(text: str | None) -> Mesh | None:
+    """`candidate=2,data=4` as a mesh of the first 8 devices; None for one device.
 
     Raises:
-      UserError: not of that form, or more devices than there are.
+      UserError: see `parse_mesh`; or more devices than there are.
     """
     if text is None:
         return None
-    name, _, number = text.partition("=")
-    if name != "data" or not number.isdigit() or int(number) == 0:
-        raise UserError(f"bench: mesh {text!r} is not data=D; tensors are cut along one axis over D devices")
-    found = jax.devices()
-    if int(number) > len(found):
-        raise UserError(f"bench: mesh {text} needs {number} devices and there are {len(found)}")
-    return Mesh(np.array(found[: int(number)]), ("data",))
+    sizes = parse_mesh(text)
+    wanted, found = math.prod(sizes.values()), jax.devices()
+    if wanted > len(found):
+        raise UserError(f"bench: mesh {text} needs {wanted} devices and there are {len(found)}")
+    mesh = make_mesh(sizes, found[:wanted])
+    return mesh if wanted > 1 else None

@@ -6,19 +6,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from unlearnjax.adapters.lora import lora
 from unlearnjax.bench.timing import device, laps, spread
 from unlearnjax.data.schedule import Pace, plan
 from unlearnjax.data.tokens import pack, to_device
+from unlearnjax.distributed.processes import put
+from unlearnjax.distributed.rules import of_candidates, of_params, of_store, of_work
 from unlearnjax.models.abstract import init_params
 from unlearnjax.models.config import ModelConfig
 from unlearnjax.models.decoder import build
 from unlearnjax.objectives.objective import objective
 from unlearnjax.training.hyperparameters import SCHEDULES, stack
-from unlearnjax.training.loop import work_of
+from unlearnjax.training.loop import fresh_states, work_of
 from unlearnjax.training.reference import base_reference
-from unlearnjax.training.state import init_state
 from unlearnjax.training.step import Task, compiled_step
 
 TERMS = ("npo", "gdr", "klr")  # ZJUKLAB's
@@ -35,17 +37,23 @@ def measure(
     length: int = 128,
     rank: int = 32,
     dtype: str = "float32",
+    mesh: Mesh | None = None,
     repeats: int = 5,
 ) -> dict[str, Any]:
     """Time one optimizer update of every candidate: `micro_batch` forget rows and as many retain rows of `length`
     tokens each, NPO + GDR + KLR, AdamW, on a model of this shape with random weights.
+
+    Args:
+      mesh: its devices share the work as in `train`; candidates and rows that do not divide are not cut.
 
     Returns:
       seconds per step (median, least, most), tokens_per_second (candidates x 2 x micro_batch x length over the median),
       steps_per_second (candidate-steps), compile_seconds, and what was measured.
     """
     model = build(config)
-    params = jax.jit(lambda key: init_params(model.abstract(jnp.dtype(dtype)), key))(jax.random.key(0))
+    abstract = model.abstract(jnp.dtype(dtype))
+    places = None if mesh is None else of_params(mesh, abstract)
+    params = jax.jit(lambda key: init_params(abstract, key), out_shardings=places)(jax.random.key(0))
     draw = np.random.default_rng(0)
     sides = {}
     for side in ("forget", "retain"):
@@ -59,19 +67,24 @@ def measure(
     }
     adapter = lora(config, tuple(config.linears), rank)
     h = stack([_settings(i, candidates, rank) for i in range(candidates)])
-    states = jax.jit(jax.vmap(lambda c: init_state(adapter, params, c)))(h)
+    task = Task(model, adapter, wanted, False, mesh=mesh)
+    if mesh is not None:
+        stores = put(stores, of_store(mesh, stores))
+        h = put(h, of_candidates(mesh, {}, h))
+    states = fresh_states(task, params, h)
     state_bytes = sum(x.nbytes for x in jax.tree.leaves(states))
     step = schedule.steps[0]
+    work = work_of(step)
+    if mesh is not None:
+        work = put(work, of_work(mesh, work))
     begin = time.perf_counter()
-    program = compiled_step(Task(model, adapter, wanted, False)).lower(
-        params, stores, states, work_of(step), h, step.width, step.answers
-    )
+    program = compiled_step(task).lower(params, stores, states, work, h, step.width, step.answers)
     program = program.compile()
     compile_seconds = time.perf_counter() - begin
 
     def update() -> Any:
         nonlocal states
-        states, metrics = program(params, stores, states, work_of(step), h)
+        states, metrics = program(params, stores, states, work, h)
         return states, metrics
 
     seconds = laps({"step": update}, repeats)["step"]
@@ -89,7 +102,7 @@ def measure(
         "steps_per_second": float(f"{candidates / spread(seconds)['median']:.4g}"),
         "state_mib": round(state_bytes / 2**20, 1),
         "compile_seconds": float(f"{compile_seconds:.3g}"),
-        **device(),
+        **device(mesh),
     }
 
 

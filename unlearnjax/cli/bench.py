@@ -18,6 +18,8 @@ def add_options(p: argparse.ArgumentParser) -> None:
     def common(q: argparse.ArgumentParser) -> None:
         q.add_argument("--dtype", default="f32", help="f32, bf16 or f16 (default: f32)")
         q.add_argument("--repeats", type=int, default=7, help="timed runs of each (default: 7)")
+        q.add_argument("--mesh", metavar="A=D,...", help="devices that share the work, as in candidate=2,data=4 (see "
+                       "`run`; default: one device)")  # fmt: skip
         q.add_argument("--json", metavar="FILE", help="add one JSON line per measurement to this file")
 
     q = sub.add_parser("merge", help="merge throughput beside a copy of the same bytes", allow_abbrev=False)
@@ -26,7 +28,6 @@ def add_options(p: argparse.ArgumentParser) -> None:
     q.add_argument("--density", type=float, help="for methods that have one (default: 0.2)")
     q.add_argument("--n", type=int, nargs="+", default=[8], metavar="N", help="candidates (default: 8)")
     q.add_argument("--size", default="4M", help="entries per candidate, such as 4M or 1G (default: 4M)")
-    q.add_argument("--mesh", metavar="data=D", help="cut the entries over D devices")
     common(q)
     q = sub.add_parser("train", help="candidate-tokens per second of N candidates in one program", allow_abbrev=False)
     q.add_argument("--n", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N", help="candidates (default: 1 2 4 8)")
@@ -53,10 +54,10 @@ def bench(a: argparse.Namespace) -> None:
 
 def _merges(a: argparse.Namespace, dtype: str) -> None:
     from unlearnjax.bench.merging import measure
-    from unlearnjax.bench.timing import parse_mesh, parse_size
+    from unlearnjax.bench.timing import mesh_named, parse_size
     from unlearnjax.merging.api import find_rule
 
-    size, mesh = parse_size(a.size), parse_mesh(a.mesh)
+    size, mesh = parse_size(a.size), mesh_named(a.mesh)
     for method in a.method:  # all of them before the first is measured
         find_rule(method, a.semantics)
     settings = {} if a.density is None else {"density": a.density}
@@ -81,15 +82,16 @@ def _merges(a: argparse.Namespace, dtype: str) -> None:
 
 
 def _training(a: argparse.Namespace, dtype: str) -> None:
+    from unlearnjax.bench.timing import mesh_named
     from unlearnjax.bench.training import SMALL, measure
     from unlearnjax.io.huggingface import load_config
 
-    config = SMALL if a.model is None else load_config(a.model)
+    config, mesh = SMALL if a.model is None else load_config(a.model), mesh_named(a.mesh)
     rows = _Table(("N", "ms per step", "candidate-steps/s", "candidate-tokens/s", "states MiB", "compile s"), a.json)
     for count in a.n:
         found = measure(
             config, candidates=count, micro_batch=a.micro_batch, length=a.length, rank=a.rank, dtype=dtype,
-            repeats=a.repeats,
+            mesh=mesh, repeats=a.repeats,
         )  # fmt: skip
         shown = (count, _ms(found), found["steps_per_second"], f"{found['tokens_per_second']:.0f}",
                  found["state_mib"], found["compile_seconds"])  # fmt: skip
