@@ -16,11 +16,11 @@ may be run one by one: those of other runs stay in --results.
 `--scale paper --model FOLDER_OR_HUB_ID` takes podium_paper.yml: the published settings of each, for a model of 16
 layers or more that has memorised LUME; it needs an accelerator and has not been run.
 
-Writes a run per seed under --out, and --results: of every seed each model's scores by document and losses, and of all
-seeds together each system's official scores with intervals (as in intervals.py: a bootstrap over documents and seeds),
-of the difference from ZJUKLAB's merge too; the shares of degenerate answers, the probe, and, with `--evaluate full`,
-what comes back after relearning and after rounding to 4 bits. Expected from the task's leaderboard (1B, not the same
-data): SUGD .688, Selective Amnesia .652, ZJUKLAB .483. Hardware: see the JSON.
+Writes a run per seed under --out, and --results, with a plot beside it: of every seed each model's scores by document
+and losses, and of all seeds together each system's official scores with intervals (as in intervals.py: a bootstrap
+over documents and seeds), of the difference from ZJUKLAB's merge too; the shares of degenerate answers, the probe,
+and, with `--evaluate full`, what comes back after relearning and after rounding to 4 bits. Expected from the task's
+leaderboard (1B, not the same data): SUGD .688, Selective Amnesia .652, ZJUKLAB .483. Hardware: see the JSON.
 """
 
 import argparse
@@ -37,6 +37,8 @@ from unlearnjax.models.language_model import load_model
 from unlearnjax.recipes.load import load_recipe, with_suite
 from unlearnjax.recipes.run import run
 from unlearnjax.recipes.schema import Recipe
+from unlearnjax.report.charts import Point
+from unlearnjax.report.figure import points_svg
 from unlearnjax.report.schema import FILE, read_report
 
 HERE = Path(__file__).parent
@@ -100,6 +102,7 @@ def main() -> None:
         others = [one for one in others if one["seed"] != seed]
         seeds = sorted([*others, of_seed(report, out, seed)], key=lambda one: one["seed"])
         save({"against": AGAINST, "models": together(seeds), "seeds": seeds}, results)
+        results.with_suffix(".svg").write_text(drawn(seeds), encoding="utf-8")
     found = together(seeds)
     print(table(found, AGAINST))
     for name, own in found.items():
@@ -123,6 +126,17 @@ def of_seed(report: dict[str, Any], folder: Path, seed: int) -> dict[str, Any]:
     counts = {split: cells.counts.astype(int).tolist() for split, cells in next(iter(outcomes.values())).cells.items()}
     keep = ("recipe", "data", "hardware", "warnings", "merges", "training")
     return {"seed": seed, "counts": counts, "models": models, **{key: report[key] for key in keep}}
+
+
+def drawn(seeds: list[dict[str, Any]]) -> str:
+    """Forgotten against retained, over the seeds; NegMerge's candidates, which are to be subtracted, left out."""
+    kinds = {name: own["kind"] for name, own in seeds[0]["models"].items()}
+    points = [
+        Point(name, kinds[name], own["retained"]["value"], own["forgotten"]["value"])
+        for name, own in together(seeds).items()
+        if not name.startswith("learn-")
+    ]
+    return points_svg(points)
 
 
 def together(seeds: list[dict[str, Any]]) -> dict[str, Any]:

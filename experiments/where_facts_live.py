@@ -11,10 +11,10 @@ facts, the forget set's questions, are traced: hidden states, MLPs, attention. T
 the MLPs of every contiguous range of layers of each width, three seeds each, all in one run: those of one width in one
 program. Each range gets the same settings. Last comes a range of all layers.
 
-Writes the trace and the run under --out, and --results: the trace's averages, and for every range the official scores
-with intervals (as in intervals.py: a bootstrap over documents and seeds), also of the difference from the range of its
-width that the trace recommends. Expected from the paper: early layers' MLPs hold the facts, and unlearning there is
-best; it tells no table per range. Hardware: see the JSON.
+Writes the trace and the run under --out, and --results, with a plot beside it: the trace's averages, and for every
+range the official scores with intervals (as in intervals.py: a bootstrap over documents and seeds), also of the
+difference from the range of its width that the trace recommends. Expected from the paper: early layers' MLPs hold the
+facts, and unlearning there is best; it tells no table per range. Hardware: see the JSON.
 """
 
 import argparse
@@ -30,12 +30,15 @@ from unlearnjax.recipes.parse import recipe_from
 from unlearnjax.recipes.run import run
 from unlearnjax.recipes.schema import Recipe
 from unlearnjax.recipes.trace import run_trace
+from unlearnjax.report.charts import Point
+from unlearnjax.report.figure import points_svg
 from unlearnjax.report.schema import FILE, read_report
 from unlearnjax.report.scores import forgotten, retained
 from unlearnjax.report.trace import FILE as TRACED
 from unlearnjax.report.trace import read_trace
 from unlearnjax.tracing.effects import SUBJECT, best_range
 
+PLANE = ("retained", "forgotten")
 HERE = Path(__file__).parent
 SETTINGS = {
     "objective": "selective_amnesia", "order": "mixed", "order_parameters": {"bucketed": True}, "adapter": "full",
@@ -92,6 +95,7 @@ def main() -> None:
         report = run(base, sources, out / "run", recipe, gold=gold, command=command, title=title, resume=resume)
     kept = figures(trace, report, out / "run", a.widths)
     save(kept, Path(a.results))
+    Path(a.results).with_suffix(".svg").write_text(drawn(kept), encoding="utf-8")
     print(table(kept))
 
 
@@ -117,6 +121,16 @@ def figures(trace: dict[str, Any], report: dict[str, Any], folder: Path, widths:
         "trace": {key: trace[key] for key in kept}, "ranges": found, "by_seed": scores, "settings": settings,
         "hardware": report["hardware"], "data": report["data"],
     }  # fmt: skip
+
+
+def drawn(kept: dict[str, Any]) -> str:
+    """Forgotten against retained of each range, over the seeds; what the trace recommends is drawn as merges are."""
+    recommended = {own["recommended"] for own in kept["ranges"].values()}
+    kinds = {"base": "base", "gold": "gold", **dict.fromkeys(recommended, "merge")}
+    return points_svg([
+        Point(name, kinds.get(name, "candidate"), *(sum(one[score] for one in own) / len(own) for score in PLANE))
+        for name, own in kept["by_seed"].items()
+    ])  # fmt: skip
 
 
 def _short(scores: dict[str, Any]) -> dict[str, Any]:

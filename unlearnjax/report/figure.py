@@ -24,6 +24,11 @@ def scatter_svg(report: Mapping[str, Any]) -> str:
             points.append(charts.Point(model["name"], model["kind"], right, up))
     if not points:
         raise ValueError("no model of the report has both a retain and a forget score")
+    return points_svg(points)
+
+
+def points_svg(points: Sequence[charts.Point]) -> str:
+    """Forgotten against retained of any models, as a stand-alone SVG file."""
     return _alone(charts.scatter(points)[0])
 
 
