@@ -11,6 +11,7 @@ import pytest
 
 from unlearnjax.distributed.processes import (
     EXPLICIT,
+    Agreement,
     agreed,
     fetch,
     follows,
@@ -25,7 +26,7 @@ from unlearnjax.errors import UserError
 PROGRAM = """
 import json, sys
 from pathlib import Path
-from unlearnjax.distributed.processes import agreed, fetch, firsts, follows, join, largest, leave, meetings
+from unlearnjax.distributed.processes import Agreement, agreed, fetch, firsts, follows, join, largest, leave, meetings
 from unlearnjax.distributed.processes import own_folder, put
 from unlearnjax.errors import UserError
 join()
@@ -35,6 +36,14 @@ me = jax.process_index()
 said = {"process": me, "processes": jax.process_count(), "devices": jax.device_count(), "follows": follows()}
 said["agreed"] = agreed(lambda: {"of": me})
 said["largest"] = largest(me, 1 - me, 7)
+# Process 1 wants to save at the third call, and to stop at the last; what is acted on is not asked for anew.
+calls, asked, agree = [], [], Agreement()
+for at in range(1, 8):
+    def wishes():
+        asked.append(at)
+        return me * 15 * (at == 7), int(me and at == 3)
+    calls.append(agree(wishes, at == 7))
+said["agreements"], said["asked"] = calls, asked
 def wrong():
     raise UserError(f"not in {me}")
 try:
@@ -152,6 +161,8 @@ def test_two_processes_find_each_other_and_agree(started, tmp_path):
         assert said["follows"] == (i == 1)
         assert said["agreed"] == {"of": 0} and said["error"] == "not in 0"
         assert said["largest"] == [1, 1, 7]
+        assert said["agreements"] == [[0, 0], [0, 0], [0, 0], [0, 1], [0, 0], [0, 0], [15, 0]]
+        assert said["asked"] == [1, 2, 3, 5, 6, 7]
         assert said["held"] == [4.0 * i, 4.0 * i + 1, 4.0 * i + 2, 4.0 * i + 3]
         assert said["fetched"] == {"y": [2.0 * v for v in range(8)], "z": [1.0 * v for v in range(8)]}
         assert said["firsts"] == str(out / "a" / "b")
@@ -183,6 +194,7 @@ def test_processes_write_and_read_one_checkpoint(damage, tmp_path):
 def test_alone():
     assert not several() and not follows()
     assert agreed(lambda: [1]) == [1] and largest(1, 2) == [1, 2] and fetch({"a": 1}) == {"a": 1}
+    assert Agreement()(lambda: (15, 0), False) == [15, 0]
     with own_folder("x") as place:
         assert str(place) == "x"
 

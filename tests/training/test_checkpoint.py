@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import io
 import json
 import shutil
 import threading
@@ -185,6 +186,26 @@ def test_a_damaged_one_is_named_and_the_one_before_is_used(box):
     box.fill(2)
     assert box.steps() == ["damaged-step-00000002", "step-00000001", "step-00000002"]
     assert same(box.restored(), snapshot(2, seed=2))
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "part-00000.json", "part-00000.safetensors", "fingerprint.json"])
+def test_what_cannot_be_read_now_is_left_where_it_is(box, monkeypatch, name):
+    # A mount that has gone for a while, on one host.
+    box.fill(1, 2)
+    whole = io.open
+
+    def stale(file, *rest, **more):
+        if str(file).endswith(f"step-00000002/{name}") or str(file) == str(box.folder / name):
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return whole(file, *rest, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(io, "open", stale)
+        patched.setattr("builtins.open", stale)
+        with pytest.raises(UserError, match=r"Stale file handle.*nothing was changed: try again"):
+            box.restored()
+    assert box.steps() == ["step-00000001", "step-00000002"]
+    assert same(box.restored(), snapshot(2, seed=2)) and box.said == []
 
 
 def test_none_whole_means_the_beginning(box):

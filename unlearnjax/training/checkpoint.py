@@ -41,6 +41,10 @@ class Damaged(Exception):
     """A checkpoint that is not what was written. The message says in a few words how that shows."""
 
 
+class Unreadable(Damaged):
+    """A file that the system refuses to read, such as on a mount that has gone: what is in it may be whole."""
+
+
 def leaf_names(tree: PyTree) -> dict[str, Any]:
     """A pytree's leaves by name, such as `trainable.layers.attention.q.a`, in the tree's order."""
     found = jax.tree_util.tree_flatten_with_path(tree)[0]
@@ -169,13 +173,14 @@ def unseal(path: Path) -> dict[str, Any]:
     """What `seal` made a text of, from a file.
 
     Raises:
-      Damaged: it is missing, cannot be read, or is not what was written.
+      Damaged: it is missing, or is not what was written.
+      Unreadable: the system refuses to read it.
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         wanted = record.pop("sha256")
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise Damaged(f"{path.name} cannot be read ({_short(error)})") from None
+        raise _unread(path, error) from None
     if hashlib.sha256(canonical(record).encode()).hexdigest() != wanted:
         raise Damaged(f"the checksum of {path.name} is wrong")
     if record.get("format") != FORMAT:
@@ -195,7 +200,8 @@ def read_checkpoint(folder: Path, manifest: Mapping[str, Any], like: PyTree) -> 
       A snapshot whose states are on the host, or on this process's devices where `like` has shardings.
 
     Raises:
-      Damaged: a leaf is missing or cannot be read, or is not what was written or asked for.
+      Damaged: a leaf is missing, or is not what was written or asked for.
+      Unreadable: the system refuses to read a file.
     """
     expected = leaf_names(like)
     recorded = manifest["leaves"]
@@ -227,9 +233,9 @@ def _read_part(part: Path, digest: str, leaves: Mapping[str, Gathering]) -> None
     """Add to `leaves` what they need of one process's pieces."""
     about, file = part.with_suffix(PART), part.with_suffix(ARRAYS)
     record = unseal(about)
-    if _digest(about) != digest:
-        raise Damaged(f"{about.name} is not the one that was written with {MANIFEST}")
     try:
+        if _digest(about) != digest:
+            raise Damaged(f"{about.name} is not the one that was written with {MANIFEST}")
         arrays = open_file(file)
         if _header_digest(file) != record["header"]:
             raise Damaged(f"the header of {file.name} is not what was written")
@@ -241,7 +247,17 @@ def _read_part(part: Path, digest: str, leaves: Mapping[str, Gathering]) -> None
                     raise Damaged(f"the checksum of leaf {piece['leaf']} in {file.name} is wrong")
                 leaves[piece["leaf"]].add(region, values)
     except (OSError, UserError) as error:
-        raise Damaged(f"{file.name} cannot be read ({_short(error)})") from None
+        raise _unread(file, error) from None
+
+
+def _unread(file: Path, error: BaseException) -> Damaged:
+    """What an error of reading a file, or the error behind it, says of that file."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    if cause is None or isinstance(cause, FileNotFoundError | IsADirectoryError | NotADirectoryError):
+        return Damaged(f"{file.name} cannot be read ({_short(error)})")
+    return Unreadable(f"{file.name} cannot be read ({cause.strerror or _short(cause)})")
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -27,6 +27,7 @@ from unlearnjax.training.checkpoint import (
     FORMAT,
     MANIFEST,
     Damaged,
+    Unreadable,
     canonical,
     read_checkpoint,
     seal,
@@ -121,7 +122,7 @@ class Keeper:
           like: a pytree of the states' structure, shapes and dtypes.
 
         Raises:
-          UserError: a checkpoint of another run.
+          UserError: a checkpoint of another run, or one that cannot be read now, which is left where it is.
         """
         for name in agreed(lambda: [found.name for found in self._found()]):
             place, snapshot = self.folder / name, None
@@ -132,7 +133,9 @@ class Keeper:
                     snapshot = read_checkpoint(place, manifest, like)
             except Damaged as found:
                 damage = found
-            damaged = largest(damage is not None)[0]
+            damaged, unreadable = largest(damage is not None, isinstance(damage, Unreadable))
+            if unreadable:
+                raise _later(place, damage or "in another process")
             if snapshot is not None and not damaged:
                 self.saved = snapshot.step
                 other = difference(manifest["fingerprint"].get(PLACE), self.fingerprint.get(PLACE), PLACE)
@@ -153,6 +156,8 @@ class Keeper:
         """What is wrong with a checkpoint's manifest, if anything. Raises `UserError`: it is another run's."""
         try:
             _same_run(unseal(place / MANIFEST)["fingerprint"], self.fingerprint, place)
+        except Unreadable as trouble:
+            raise _later(place, trouble) from None
         except Damaged as damage:
             return str(damage)
         return None
@@ -209,10 +214,18 @@ def _mark(folder: Path, fingerprint: Mapping[str, Any], say: Callable[[str], Non
     if place.exists():
         try:
             _same_run(unseal(place)["fingerprint"], fingerprint, folder.parent)
+        except Unreadable as trouble:
+            raise _later(place, trouble) from None
         except Damaged as damage:
             say(f"warning: {folder}: damaged, {damage}; it is written anew")
     with staged_file(place) as path:
         path.write_text(seal({"format": FORMAT, "fingerprint": fingerprint}), encoding="utf-8")
+
+
+def _later(place: Path, trouble: object) -> UserError:
+    return UserError(
+        f"{place}: {trouble}; nothing was changed: try again when it can be read, or remove it to go on without it"
+    )
 
 
 def _same_run(found: Any, ours: Any, place: Path) -> None:

@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 from unlearnjax.data.schedule import Schedule, Step
 from unlearnjax.data.tokens import Store
 from unlearnjax.distributed.mesh import mesh_of
-from unlearnjax.distributed.processes import largest, put
+from unlearnjax.distributed.processes import Agreement, put
 from unlearnjax.distributed.rules import of_candidates, of_store, of_work, whole
 from unlearnjax.training.best import Assessor
 from unlearnjax.training.hyperparameters import Hyperparameters
@@ -189,6 +189,10 @@ def train(
         host = jax.tree.map(np.array if mesh is None else held, states)
         return Snapshot(done, host, copies, [dict(p) for p in pending], list(diverged), clock)
 
+    def wishes() -> tuple[int, int]:
+        return 0 if stop is None else stop.signum, keeper is not None and keeper.due()
+
+    agree = Agreement()
     with contextlib.closing(bar), stop.polling() if stop is not None else contextlib.nullcontext():
         for done, step in enumerate(steps[start.step :], start=start.step + 1):
             program = (step.width, step.answers)
@@ -216,7 +220,7 @@ def train(
             if after_step is not None:
                 after_step(done, states)
             # Processes of one job stop and save after the same step.
-            signum, save = largest(0 if stop is None else stop.signum, keeper is not None and keeper.due())
+            signum, save = agree(wishes, done == len(steps))
             asked = signum != 0
             if keeper is not None and (asked or done == len(steps) or save):
                 keeper.save(snapshot(done), wait=asked or done == len(steps))
