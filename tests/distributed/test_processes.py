@@ -27,7 +27,7 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 from unlearnjax.distributed.processes import Agreement, agreed, fetch, firsts, follows, join, largest, leave, meetings
-from unlearnjax.distributed.processes import own_folder, put
+from unlearnjax.distributed.processes import from_first, own_folder, put
 from unlearnjax.errors import UserError
 join()
 import jax, numpy as np
@@ -35,6 +35,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 me = jax.process_index()
 said = {"process": me, "processes": jax.process_count(), "devices": jax.device_count(), "follows": follows()}
 said["agreed"] = agreed(lambda: {"of": me})
+said["from_first"] = np.asarray(from_first({"a": np.full(2, me + 5.0, np.float32)})["a"]).tolist()
 said["largest"] = largest(me, 1 - me, 7)
 # Process 1 wants to save at the third call, and to stop at the last; what is acted on is not asked for anew.
 calls, asked, agree = [], [], Agreement()
@@ -160,7 +161,7 @@ def test_two_processes_find_each_other_and_agree(started, tmp_path):
         assert said["process"] == i and said["processes"] == 2 and said["devices"] == 4
         assert said["follows"] == (i == 1)
         assert said["agreed"] == {"of": 0} and said["error"] == "not in 0"
-        assert said["largest"] == [1, 1, 7]
+        assert said["from_first"] == [5.0, 5.0] and said["largest"] == [1, 1, 7]
         assert said["agreements"] == [[0, 0], [0, 0], [0, 0], [0, 1], [0, 0], [0, 0], [15, 0]]
         assert said["asked"] == [1, 2, 3, 5, 6, 7]
         assert said["held"] == [4.0 * i, 4.0 * i + 1, 4.0 * i + 2, 4.0 * i + 3]

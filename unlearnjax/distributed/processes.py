@@ -298,6 +298,15 @@ def fetch(tree: Any) -> Any:
     return jax.tree.map(one, tree) if several() else jax.device_get(tree)
 
 
+def from_first(tree: Any) -> Any:
+    """Arrays as the first process has them, in all. All must call it at the same place."""
+    if not several():
+        return tree
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.broadcast_one_to_all(tree)
+
+
 def put(tree: Any, places: Any) -> Any:
     """Host arrays, the same in every process, laid where `places` says; each process handles its own devices' parts."""
     import jax

@@ -14,7 +14,7 @@ from unlearnjax.data.bpe import train_tokenizer
 from unlearnjax.data.rows import write_documents, write_rows
 from unlearnjax.data.synthetic import Corpus, make_corpus, tokenizer_texts
 from unlearnjax.distributed.mesh import choose_mesh
-from unlearnjax.distributed.processes import put
+from unlearnjax.distributed.processes import from_first, put
 from unlearnjax.distributed.rules import of_params
 from unlearnjax.errors import UserError
 from unlearnjax.io.atomic import remove_left_overs, require_free, staged_file
@@ -105,6 +105,8 @@ def demo(
         base = dataclasses.replace(outline, params=load_params(folder / "base", outline.config, "float32"))
     else:
         base = teach(outline, corpus, seed, epochs=epochs, progress=progress)
+        # Each process of a job teaches its own; of unlike hosts they may differ in the last digits.
+        base = dataclasses.replace(base, params=from_first(base.params))
     remove_left_overs(folder)
     with staged_file(folder / SETTINGS) as path:
         path.write_text(json.dumps(settings), encoding="utf-8")
