@@ -97,6 +97,7 @@ def test_plain_data_reads_back_and_survives_yaml():
         "evaluation": {
             "max_new_tokens": 7,
             "batch_size": 3,
+            "candidates": ["one"],
             "export": "ties-factors-density0.5-majority_sign_methodfrequency",
         },
     }
@@ -176,6 +177,9 @@ def test_hyperparameters_out_of_range(name, value, words):
         ({**ONE, "evaluation": {"semantics": "ours"}}, "unknown semantics 'ours'"),
         ({**ONE, "evaluation": {"max_new_tokens": 0}}, "max_new_tokens must be"),
         ({**ONE, "evaluation": {"batch_size": 2.5}}, "batch_size must be"),
+        ({**ONE, "evaluation": {"candidates": "some"}}, "candidates must be `all`, `none`, or a list of names"),
+        ({**ONE, "evaluation": {"candidates": ["gnoe"]}}, "unknown candidate 'gnoe'"),
+        ({**ONE, "evaluation": {"candidates": "none"}}, "the best candidate is exported, and none is evaluated"),
         ({**ONE, "evaluation": {"export": "linaer"}, "merges": [LINEAR | {"name": "linear"}]}, "did you mean 'linear'"),
         ({**ONE, "merges": {"method": "linear"}}, "merges: must be a list"),
         ({**ONE, "merges": ["linear"]}, "merge 1: must be a mapping"),

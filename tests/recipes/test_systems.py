@@ -217,7 +217,9 @@ def test_a_run_goes_on_from_any_group(done, world, tmp_path, monkeypatch, stoppe
 def test_a_recipe_without_merges_writes_its_best_candidate(world, tmp_path, capsys):
     base, _, sources = world
     recipe = tmp_path / "r.yml"
-    raw = {"candidates": [{"name": "one", **AMNESIA, "layers": [0]}], "evaluation": {"max_new_tokens": 12}}
+    one = {**AMNESIA, "layers": [0]}
+    raw = {"candidates": [{"name": "other", **one, "learning_rate": 1e-5}, {"name": "one", **one}],
+           "evaluation": {"max_new_tokens": 12, "candidates": ["one"]}}  # fmt: skip
     recipe.write_text(json.dumps(raw), "utf-8")
     arguments = ["run", "--model", base.source, "--forget", sources.forget, "--retain", sources.retain, "--recipe",
                  str(recipe), "--out", str(tmp_path / "out")]  # fmt: skip
@@ -286,9 +288,12 @@ def test_a_merge_that_keeps_nothing_is_told(world, tmp_path):
     raw = {
         "candidates": [{"name": "a", **AMNESIA, "layers": [0]}, {"name": "b", **AMNESIA, "layers": [1]}],
         "merges": [{"name": "none", "method": "consensus"}, {"name": "both", "method": "ties", "density": 0.5}],
-        "training": {"buckets": 1}, "evaluation": {"max_new_tokens": 12},
+        "training": {"buckets": 1}, "evaluation": {"max_new_tokens": 12, "candidates": ["b"]},
     }  # fmt: skip
     report = run(base.source, sources, tmp_path / "out", recipe_from(raw, "x"), progress=False)
+    # The candidate that nobody asked to evaluate is trained, written and merged all the same.
+    assert [m["name"] for m in report["models"]] == ["base", "b", "none", "both"]
+    assert sorted(p.name for p in (tmp_path / "out" / "candidates").iterdir()) == ["a", "b"]
     assert [w for w in report["warnings"] if "none" in w] == [
         "merge none changes nothing: it kept no weight of its candidates (those that train different layers share none)"
     ]

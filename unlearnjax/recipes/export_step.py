@@ -68,7 +68,7 @@ def choose_export(
     None where neither could be made.
 
     Args:
-      candidates: the names of those that did not diverge, of a recipe without merges.
+      candidates: the names of those that did not diverge, of a recipe without merges; the best is one of those scored.
     """
     if wanted in candidates:
         return wanted
@@ -76,7 +76,7 @@ def choose_export(
         return next((m for m in merges if m.merge.name == wanted), None)
     scores = {m["name"]: _aggregate(m["scores"]) for m in models}
     if candidates:
-        return max(candidates, key=scores.__getitem__)
+        return max((c for c in candidates if c in scores), key=scores.__getitem__, default=None)
     return max(merges, key=lambda m: scores[m.merge.name], default=None)
 
 

@@ -149,6 +149,10 @@ _RANGES: dict[type, dict[str, _Range]] = {
         "full_rows": _COUNT,
         "full_draws": _COUNT,
         "export": _TEXT,
+        "candidates": _Range(
+            lambda v: v in ("all", "none") or (not isinstance(v, str) and _is_names(v) and len(v) > 0),
+            "`all`, `none`, or a list of names",
+        ),
     },
 }
 
@@ -367,6 +371,16 @@ def recipe_from(raw: Any, where: str) -> Recipe:
     listed = enumerate(_list(raw.get("merges") or [], "merges", f"{where}: merges"), start=1)
     merges = tuple(_merge(m, candidates, f"{where}: merge {i}") for i, m in listed)
     _check_names([c.name for c in candidates] + [m.name for m in merges], where)
+    if not isinstance(evaluation.candidates, str):
+        check_known(
+            evaluation.candidates, [c.name for c in candidates], "candidate", f"{where}: evaluation: candidates"
+        )
+        evaluation = dataclasses.replace(evaluation, candidates=tuple(evaluation.candidates))
+    if not merges and evaluation.export == "best" and not any(evaluation.evaluates(c.name) for c in candidates):
+        raise UserError(
+            f"{where}: evaluation: without merges the best candidate is exported, and none is evaluated; evaluate "
+            "some, or name the one to export"
+        )
     if evaluation.export != "best":
         what = "merge" if merges else "candidate"
         names = [m.name for m in merges] or [c.name for c in candidates]

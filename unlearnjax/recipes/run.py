@@ -305,9 +305,11 @@ def finish(
     adapters, kept = None if trained.lora is None else scaled(trained.lora, trained.scale), finished(trained.result)
     loras = {recipe.candidates[i].name: index(adapters, i) for i in kept if i not in trained.deltas}
     deltas = {recipe.candidates[i].name: trained.deltas[i] for i in kept if i in trained.deltas}
+    asked = recipe.evaluation.evaluates
     models, more = evaluate_all(
-        lm, loras, [m for m, _ in merges], recipe.evaluation, data, out, deltas=deltas, gold=gold, mmlu=mmlu,
-        journal=journal, progress=progress, stop=stop,
+        lm, {name: own for name, own in loras.items() if asked(name)}, [m for m, _ in merges], recipe.evaluation, data,
+        out, deltas={name: own for name, own in deltas.items() if asked(name)}, gold=gold, mmlu=mmlu, journal=journal,
+        progress=progress, stop=stop,
     )  # fmt: skip
 
     report: dict[str, Any] = {

@@ -162,6 +162,7 @@ class Evaluation:
     `suite`: `official`, or `full`, which measures what the score hides, on `full_rows` forget rows where they are asked
     again and again, with `full_draws` draws of each.
     `waypoint_rows`: rows of each split that are asked at each of training's waypoints, evenly of tasks and kinds.
+    `candidates`: which of them are evaluated beside base, gold and merges: `all`, `none`, or their names.
     """
 
     semantics: str = "official"
@@ -172,6 +173,11 @@ class Evaluation:
     full_rows: int = 32
     full_draws: int = 64
     export: str = "best"
+    candidates: str | tuple[str, ...] = "all"
+
+    def evaluates(self, candidate: str) -> bool:
+        """Whether a candidate of this name is scored."""
+        return candidate in self.candidates if not isinstance(self.candidates, str) else self.candidates == "all"
 
 
 @dataclass(frozen=True)
