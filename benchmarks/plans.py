@@ -1,6 +1,7 @@
 """What jobs take on machines that are not here: `unlearnjax plan` of three models, many candidates and five slices.
 
     python benchmarks/plans.py --out benchmarks/results/plans_tpu.json        # hours; what is there already is kept
+    python benchmarks/plans.py --out benchmarks/results/plans_tpu.json --table        # what is there, as Markdown
 
 For OLMo-1B, OLMo-7B and Llama-3-70B (bfloat16 base, LoRA of rank 32 on all linears, NPO + GDR + KLR, 4 + 4 rows of 256
 tokens per candidate and step), 2, 16 and 64 candidates on v5e-8, v5e-16, v5e-256, v5p-64 and v6e-256, and the largest
@@ -96,8 +97,12 @@ def main() -> None:
     p.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     p.add_argument("--topologies", nargs="+", default=list(TOPOLOGIES))
     p.add_argument("--scaling", action="store_true", help="weak scaling only")
+    p.add_argument("--table", action="store_true", help="print what is there and compile nothing")
     a = p.parse_args()
     kept = json.loads(a.out.read_text(encoding="utf-8")) if a.out.exists() else {"benchmark": "plans", "cases": []}
+    if a.table:
+        print(table(kept))
+        return
     kept["hardware"] = bench.hardware()
     done = {(c["model"], c["topology"], c["candidates"]): c for c in kept["cases"]}
 
@@ -127,6 +132,28 @@ def main() -> None:
             kept.setdefault("largest", {}).setdefault(name, {})[topology] = top
             keep(kept, a.out)
             print(f"{name} on {topology}: {top} candidates at most", flush=True)
+
+
+def table(kept: dict[str, Any]) -> str:
+    """A row per model and slice: GiB of a device and the time of the slowest limit for each of `COUNTS`, the mesh of
+    the middle one, and the largest number that fits."""
+    lines = ["| | " + " | ".join(f"N = {n}: GiB, ms" for n in COUNTS) + f" | mesh of N = {COUNTS[1]} | largest N |",
+             "| --- |" + " ---: |" * len(COUNTS) + " --- | ---: |"]  # fmt: skip
+    found = {(c["model"], c["topology"], c["candidates"]): c for c in kept["cases"]}
+    for name, own in kept.get("largest", {}).items():
+        for topology, top in own.items():
+            cases = [found[name, topology, n] for n in COUNTS]
+            most = f"at least {top}" if top == STEPS[-1] else str(top)
+            cells = [_cell(c) for c in cases] + [cases[1]["mesh"] if cases[1]["fits"] else "", most]
+            lines.append(f"| {name}, {topology} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(case: dict[str, Any]) -> str:
+    if not case["fits"]:
+        about = "about " if case.get("by") else ""
+        return f"no ({about}{case['gib']['total']:.1f})"
+    return f"{case['gib']['total']:.1f}, {1000 * max(case['seconds'].values()):.3g}"
 
 
 def keep(found: dict[str, Any], file: Path) -> None:
