@@ -52,7 +52,7 @@ def arguments() -> argparse.Namespace:
     add_arguments(p)
     p.add_argument("--widths", type=int, nargs="+", default=[1, 2], help="of the ranges, in layers")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the order of rows")
-    p.add_argument("--learning-rate", type=float, default=2e-4)
+    p.add_argument("--learning-rate", type=float, default=5e-4)
     p.add_argument("--passes", type=int, default=6, help="epochs of unlearning")
     p.add_argument("--out", required=True)
     p.add_argument("--resume", action="store_true", help="go on with the unfinished work in --out")
