@@ -4,12 +4,17 @@ import numpy as np
 import pytest
 
 from tests.recipes.test_mesh import LORA, numbers
+from unlearnjax.distributed.estimate import estimate
+from unlearnjax.distributed.programs import Workload
+from unlearnjax.distributed.topology import CHIPS
 from unlearnjax.io.safetensors import open_file
+from unlearnjax.models.abstract import weight_bytes
 from unlearnjax.recipes import fit
 from unlearnjax.recipes import run as module
 from unlearnjax.recipes.parse import recipe_from
 from unlearnjax.recipes.run import run
 
+CHIP = CHIPS["v5e"]
 RECIPE = {
     "name": "turns",
     "candidates": [
@@ -78,5 +83,13 @@ def test_as_many_as_the_memory_holds(world, together, tmp_path, monkeypatch):
     check(tmp_path / "out", report, together)
     for memory, most in ((None, None), (1 << 60, None), (1, 1)):
         monkeypatch.setattr(fit, "device_memory", lambda memory=memory: memory)
-        own = fit.candidates_at_once(recipe_from(RECIPE, "x"), all_of_them, world[0].config, "float32", None)
+        own = fit.candidates_at_once(recipe_from(RECIPE, "x"), all_of_them, world[0].config, "float32", None, 1)
         assert own == (most if max(groups) > 1 else None)
+    # A gold model and candidates' best states take room too.
+    three = Workload(3, rank=2, length=16)
+    held = {
+        (models, copies): estimate(world[0].config, three._replace(models=models, copies=copies), {}, CHIP).held
+        for models, copies in ((1, 4), (2, 4), (1, 5))
+    }
+    assert held[2, 4] - held[1, 4] == weight_bytes(world[0].config, "bfloat16")
+    assert 0 < held[1, 5] - held[1, 4] < held[1, 4]

@@ -67,8 +67,8 @@ def estimate(config: ModelConfig, w: Workload, sizes: Mapping[str, int], chip: C
     flops = step_flops(config, w) / (own * rows * tensor)
     embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
     weights = (base + embeddings) * width / (fsdp * tensor)
-    # Adapters, two moments and gradients, float32, cut along their long axis too.
-    states = 16 * w.candidates * adapter * w.rank / (own * fsdp * tensor)
+    # Float32, cut along their long axis too.
+    states = 4 * w.copies * w.candidates * adapter * w.rank / (own * fsdp * tensor)
     passes = 3 if config.layers > SCANNED else 2
     local = w.candidates / own * together * w.length / rows  # tokens on a device
     stream = local * config.hidden_size * width
@@ -78,7 +78,7 @@ def estimate(config: ModelConfig, w: Workload, sizes: Mapping[str, int], chip: C
     sent += 2 * gradients / (fsdp * tensor) * (data * fsdp - 1) / (data * fsdp)
     kept = stream * config.layers if config.layers > SCANNED else 12 * stream * config.layers
     busy = local * (4 * config.intermediate_size + 8 * config.hidden_size) * width / tensor
-    held = weights + states + kept + busy + w.set_tokens * config.hidden_size * 4 / (fsdp * tensor)
+    held = w.models * weights + states + kept + busy + w.set_tokens * config.hidden_size * 4 / (fsdp * tensor)
     return Estimate(flops, sent, held, max(flops / chip.flops, sent / chip.link))
 
 

@@ -33,6 +33,8 @@ class Workload(NamedTuple):
     micro_batch: rows of each side in a step, per candidate. length: tokens of a row; half of them are its answer's.
     set_tokens: of each of the two sets that stay on the devices. batch: rows that are generated at once, per candidate.
     slots: tokens of their prompts and answers. tokens_at_once: see `unlearnjax.training.step.together`; None: no bound.
+    copies: float32 numbers kept for each weight of an adapter: itself, its gradient, two moments, the best if that is
+    kept. models: of the base's size that stay on the devices: itself, and a gold model.
     """
 
     candidates: int
@@ -45,6 +47,8 @@ class Workload(NamedTuple):
     batch: int = 8
     slots: int = 512
     tokens_at_once: int | None = None
+    copies: int = 4
+    models: int = 1
 
 
 class Program(NamedTuple):

@@ -13,12 +13,15 @@ from unlearnjax.recipes.schema import Recipe
 
 
 def candidates_at_once(
-    recipe: Recipe, groups: Sequence[Prepared], config: ModelConfig, dtype: str, mesh: Mesh | None
+    recipe: Recipe, groups: Sequence[Prepared], config: ModelConfig, dtype: str, mesh: Mesh | None, models: int
 ) -> int | None:
     """How many candidates of a group at most go into one program, by the closed form of what they hold; None: all.
 
     Where devices do not tell their memory (CPUs) nothing is bounded, and neither are groups that train the model's own
     weights, which the closed form does not know.
+
+    Args:
+      models: of the base's size that stay on the devices (see `Workload`).
     """
     memory = device_memory()
     if memory is None:
@@ -33,6 +36,7 @@ def candidates_at_once(
             len(own), max(c.micro_batch for c in own), max(step.width for step in prepared.schedule.steps),
             max(c.rank for c in own), tuple(t.name for t in prepared.objective.terms), dtype,
             max(int(side.length.sum()) for side in prepared.sides.values()),
+            copies=4 + (recipe.training.keep_best is not None), models=models,
         )  # fmt: skip
         most = most_candidates(config, work, sizes, memory)
         if most < len(own):

@@ -194,9 +194,8 @@ def run(
     groups = prepare(recipe, lm, data, sources)
     check_waypoints(recipe, groups)
     mmlu = None if mmlu_data is None else load_prompts(lm, mmlu_data, mmlu_shots)
-    shared = None
+    shared, models = None, 1 if gold is None else 2
     if folder is not None:
-        models = 1 if gold is None else 2
         rows = min(len(g.objective.sides) * recipe.candidates[i].micro_batch for g in groups for i in g.group.places)
         shared = choose_mesh(mesh, len(recipe.candidates), models * weight_bytes(lm.config, dtype), rows)
     if recipe.training.candidates_at_once is None:
@@ -206,7 +205,7 @@ def run(
             most = begun.get("training", {}).get("candidates_at_once")
         else:
             at = mesh_of(lm.params) if folder is None else shared
-            most = candidates_at_once(recipe, groups, lm.config, dtype, at)
+            most = candidates_at_once(recipe, groups, lm.config, dtype, at, models)
         if most is not None:
             (say or say_by_warning)(
                 f"more than {most} candidates at once do not fit: they train in turns (training: candidates_at_once)"
