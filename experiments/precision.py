@@ -63,7 +63,8 @@ def main() -> None:
                 title=f"A pair and its merges, base in {dtype}", resume=a.resume and out.exists(),
             )  # fmt: skip
         outcomes[dtype] = {m["name"]: outcome(out / "generations" / m["name"]) for m in reports[dtype]["models"]}
-    groups = by_seed(list(outcomes[DTYPES[0]]))
+    # A candidate may have diverged in one of them.
+    groups = by_seed([name for name in outcomes[DTYPES[0]] if name in outcomes[DTYPES[1]]])
     found = {}
     for name, seeds in groups.items():
         both = {dtype: [outcomes[dtype][one] for one in seeds] for dtype in DTYPES}
@@ -86,7 +87,10 @@ def table(found: dict[str, Any]) -> str:
     for name, both in found.items():
         cells = []
         for score in scores:
-            own = both[DTYPES[-1]][score]
+            own = both[DTYPES[-1]].get(score)
+            if own is None:  # no attack without non-members
+                cells.append("|")
+                continue
             low, high = own["difference_interval"]
             cells.append(f"{own['value']:.3f} | {own['difference']:+.3f} [{low:+.3f}, {high:+.3f}]")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")

@@ -31,9 +31,11 @@ def test_merges_are_measured_beside_a_copy(tmp_path, capsys):
 
 def test_a_mesh(tmp_path):
     out = tmp_path / "merge.jsonl"
-    argv = ["bench", "merge", "--method", "consensus", "model_stock", "--size", "1K", "--dtype", "bf16"]
+    argv = ["bench", "merge", "--method", "consensus", "model_stock", "--size", "1M", "--dtype", "bf16"]
     assert main([*argv, "--mesh", "candidate=2,data=4", "--repeats", "1", "--json", str(out)]) == 0
     assert [(x["mesh"], x["devices"]) for x in lines(out)] == [("candidate=2,data=4", 8)] * 2
+    # A device has its eighth of 8 candidates' 2 bytes an entry.
+    assert [x["held_mib"] for x in lines(out)] == [pytest.approx(2, abs=0.05)] * 2
 
 
 @pytest.mark.slow
@@ -46,11 +48,15 @@ def test_training(tmp_path, capsys):
     assert [(x["mesh"], x["devices"], x["candidates"]) for x in (one, two)] == [(None, 1, 1), (None, 1, 2)]
     assert [(x["mesh"], x["devices"]) for x in meshed] == [("candidate=2,fsdp=2", 4)] * 2
     assert [x["state_mib"] for x in meshed] == [x["state_mib"] for x in (one, two)]  # all candidates', wherever it lies
+    assert all(x["held_mib"] < 0.6 * whole["held_mib"] for x, whole in zip(meshed, (one, two), strict=True))
+    assert ["candidate=2 does not divide 1" in line for x in meshed for line in x["idle"]] == [True]
+    printed = capsys.readouterr()
+    assert "warning: bench: N = 1: candidate=2 does not divide 1" in printed.err
     for x in (one, two, *meshed):
         tokens = x["candidates"] * 2 * 16
         assert x["tokens_per_second"] == pytest.approx(tokens / x["seconds"]["median"], rel=2e-3)
     assert two["state_mib"] == pytest.approx(2 * one["state_mib"], rel=0.1)
-    assert "candidate-tokens/s" in capsys.readouterr().out
+    assert "candidate-tokens/s" in printed.out
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,7 @@ SAVING = """
 import json, sys
 from pathlib import Path
 from unlearnjax.distributed.processes import join, leave, put
+from unlearnjax.errors import UserError
 join()
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
@@ -97,7 +98,18 @@ if sys.argv[2] == "damage" and me == 0:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-got = keep.restore(like)
+if sys.argv[2] == "gone" and me == 1:  # its mount
+    from unlearnjax.training import keeper
+    def gone(path):
+        raise checkpoint.Damaged("cannot be read")
+    keeper.unseal, keeper.os.path.exists = gone, lambda path: False
+try:
+    got = keep.restore(like)
+except UserError as error:
+    keep.close()
+    print(json.dumps({"error": str(error)}), flush=True)
+    leave(0)
+    sys.exit(0)
 shards = {str(s.index[0].start): s.data.tolist() for s in got.states["a"].addressable_shards}
 keep.close()
 print(json.dumps({"step": got.step, "b": int(got.states["b"]), "a": shards, "said": said}), flush=True)
@@ -170,6 +182,13 @@ def test_two_processes_find_each_other_and_agree(started, tmp_path):
     first, second = found
     assert first["own"] == str(out) != second["own"] and second["there"] == ["begun"]
     assert (out / "mine").read_text() == "0" and not os.path.exists(second["own"])
+
+
+def test_a_checkpoint_that_one_process_cannot_see_stays_where_it_is(tmp_path):
+    first, second = told(SAVING, by_environment, str(tmp_path / "checkpoints"), "gone")
+    assert "step-00000002: another process cannot read it; it stays as it is: try again" in first["error"]
+    assert "step-00000002: is not there for every process; it stays as it is: try again" in second["error"]
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()} == {"step-00000001", "step-00000002"}
 
 
 @pytest.mark.parametrize("damage", ["none", "damage"])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from unlearnjax.bench.timing import device, laps, spread
+from unlearnjax.bench.timing import bytes_held, device, laps, spread
 from unlearnjax.distributed.rules import sharding
 from unlearnjax.errors import UserError
 from unlearnjax.merging import merge
@@ -43,7 +43,7 @@ def measure(
       seconds, call_seconds and copy_seconds (of the program, the call and the copy: median, least, most), gb_per_second
       (bytes of the N deltas read once and the result written, over the program's median), percent_of_copy (that over
       the copy's bandwidth), over_copy and call_over_copy (the merge's seconds in copies of the deltas, lap by lap),
-      compile_seconds, and what was measured.
+      compile_seconds, held_mib (of the first device: its part of the deltas), and what was measured.
 
     Raises:
       UserError: an unknown method, semantics or hyperparameter; a size that the mesh does not divide.
@@ -78,6 +78,7 @@ def measure(
         "candidates": candidates,
         "size": size,
         "dtype": dtype,
+        "held_mib": round(bytes_held(deltas) / 2**20, 1),
         "seconds": spread(seconds["merge"]),
         "copy_seconds": spread(seconds["copy"]),
         "over_copy": over["merge"],

@@ -46,6 +46,12 @@ def device(mesh: Mesh | None) -> dict[str, Any]:
     }
 
 
+def bytes_held(tree: Any) -> int:
+    """What the first device has of a tree's arrays."""
+    first = jax.devices()[0]
+    return sum(s.data.nbytes for x in jax.tree.leaves(tree) for s in x.addressable_shards if s.device == first)
+
+
 def parse_size(text: str) -> int:
     """`4M` as 4 * 2**20; K, M and G are powers of 1024.
 

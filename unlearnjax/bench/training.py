@@ -9,11 +9,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from unlearnjax.adapters.lora import lora
-from unlearnjax.bench.timing import device, laps, spread
+from unlearnjax.bench.timing import bytes_held, device, laps, spread
 from unlearnjax.data.schedule import Pace, plan
 from unlearnjax.data.tokens import pack, to_device
 from unlearnjax.distributed.processes import put
-from unlearnjax.distributed.rules import of_candidates, of_params, of_store, of_work
+from unlearnjax.distributed.rules import idle, of_candidates, of_params, of_store, of_work
 from unlearnjax.models.abstract import init_params
 from unlearnjax.models.config import ModelConfig
 from unlearnjax.models.decoder import build
@@ -48,7 +48,8 @@ def measure(
 
     Returns:
       seconds per step (median, least, most), tokens_per_second (candidates x 2 x micro_batch x length over the median),
-      steps_per_second (candidate-steps), compile_seconds, and what was measured.
+      steps_per_second (candidate-steps), state_mib (of all candidates), held_mib (of the first device: its part of the
+      base, rows and states), idle (which devices do others' work again), compile_seconds, and what was measured.
     """
     model = build(config)
     abstract = model.abstract(jnp.dtype(dtype))
@@ -73,18 +74,21 @@ def measure(
         h = put(h, of_candidates(mesh, {}, h))
     states = fresh_states(task, params, h)
     state_bytes = sum(x.nbytes for x in jax.tree.leaves(states))
+    held_mib = round(bytes_held((params, stores, states)) / 2**20, 1)
     step = schedule.steps[0]
-    work = work_of(step)
-    if mesh is not None:
-        work = put(work, of_work(mesh, work))
+
+    def work() -> Any:
+        own = work_of(step)
+        return own if mesh is None else put(own, of_work(mesh, own))
+
     begin = time.perf_counter()
-    program = compiled_step(task).lower(params, stores, states, work, h, step.width, step.answers)
+    program = compiled_step(task).lower(params, stores, states, work(), h, step.width, step.answers)
     program = program.compile()
     compile_seconds = time.perf_counter() - begin
 
     def update() -> Any:
         nonlocal states
-        states, metrics = program(params, stores, states, work, h)
+        states, metrics = program(params, stores, states, work(), h)
         return states, metrics
 
     seconds = laps({"step": update}, repeats)["step"]
@@ -101,6 +105,8 @@ def measure(
         "tokens_per_second": float(f"{tokens / spread(seconds)['median']:.4g}"),
         "steps_per_second": float(f"{candidates / spread(seconds)['median']:.4g}"),
         "state_mib": round(state_bytes / 2**20, 1),
+        "held_mib": held_mib,
+        "idle": [] if mesh is None else idle(mesh, candidates, 2 * micro_batch),
         "compile_seconds": float(f"{compile_seconds:.3g}"),
         **device(mesh),
     }

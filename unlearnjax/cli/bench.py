@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from unlearnjax.cli.commands import say
 from unlearnjax.errors import UserError
 
 DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
@@ -96,6 +97,8 @@ def _training(a: argparse.Namespace, dtype: str) -> None:
         shown = (count, _ms(found), found["steps_per_second"], f"{found['tokens_per_second']:.0f}",
                  found["state_mib"], found["compile_seconds"])  # fmt: skip
         rows.add(shown, found)
+        for line in found["idle"]:
+            say(f"warning: bench: N = {count}: {line}")
     print(f"\n{found['device']} x {found['devices']}, {found['parameters'] / 1e6:.1f}M parameters in {dtype}, random; "
           f"a step is {a.micro_batch} forget and {a.micro_batch} retain rows of {a.length} tokens per candidate "
           "(NPO + GDR + KLR, AdamW).")  # fmt: skip

@@ -93,7 +93,8 @@ def most_candidates(config: ModelConfig, w: Workload, sizes: Mapping[str, int], 
 
 
 def meshes(config: ModelConfig, w: Workload, devices: int, chip: Chip) -> list[dict[str, int]]:
-    """Meshes of so many devices, the one that should be fastest first; those that cannot fit come last."""
+    """Meshes of so many devices, the one that should be fastest first; those that cannot fit come last, the one that
+    is nearest to it first."""
     divisors = [d for d in range(1, devices + 1) if devices % d == 0]
     found = []
     for tensor, fsdp in itertools.product(divisors, divisors):
@@ -105,6 +106,7 @@ def meshes(config: ModelConfig, w: Workload, devices: int, chip: Chip) -> list[d
 
     def order(sizes: Mapping[str, int]) -> tuple[bool, float, int, float]:
         own = estimate(config, w, sizes, chip)
-        return own.held > 0.9 * chip.memory, own.seconds, sizes[TENSOR], own.held
+        large = own.held > 0.9 * chip.memory
+        return large, own.held if large else own.seconds, sizes[TENSOR], own.held
 
     return sorted(found, key=order)

@@ -254,6 +254,12 @@ def firsts(path: Path) -> Path:
     return path
 
 
+def _not_copied(folder: str, names: list[str]) -> set[str]:
+    """Locks, what is half-written, and checkpoints, which all read where they are."""
+    kept = shutil.ignore_patterns("lock", ".*.part")(folder, names)
+    return kept | {name for name in names if "step-" in name and Path(folder, name).is_dir()}
+
+
 @contextlib.contextmanager
 def own_folder(out: str | Path) -> Iterator[Path]:
     """The folder that this process works in: `out` itself in the first one, in the others a copy of what is there now,
@@ -272,7 +278,7 @@ def own_folder(out: str | Path) -> Iterator[Path]:
             _firsts[place] = source
             try:
                 if source.is_dir():
-                    shutil.copytree(source, place, ignore=shutil.ignore_patterns("lock", ".*.part", "*step-*"))
+                    shutil.copytree(source, place, ignore=_not_copied)
             except (OSError, shutil.Error) as error:
                 failed = error
         # Nobody changes anything before all have looked.

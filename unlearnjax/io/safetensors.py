@@ -98,7 +98,7 @@ class TensorFile:
             try:
                 got = os.preadv(self.descriptor.number, [rest[:_READ]], place)
             except OSError as error:
-                raise UserError(f"{self.path}: tensor {name!r} cannot be read ({error.strerror})") from None
+                raise UserError(f"{self.path}: tensor {name!r} cannot be read ({error.strerror})") from error
             if not got:
                 raise UserError(f"{self.path}: became shorter while tensor {name!r} was read; fetch or write it again")
             rest, place = rest[got:], place + got
@@ -210,7 +210,7 @@ def open_file(path: str | Path) -> TensorFile:
             header = _header(path, file.read(length))
             descriptor = _Descriptor(os.dup(file.fileno()))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise UserError(f"{path}: __metadata__ must map strings to strings; the file is broken")
@@ -234,7 +234,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: broken JSON: {error}") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     weights = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weights, dict) or not weights or not all(isinstance(v, str) for v in weights.values()):
         raise UserError(f"{path}: must hold an object 'weight_map' from tensor names to file names")

@@ -27,6 +27,7 @@ from unlearnjax.training.checkpoint import leaf_names
 CHECKPOINTS = "checkpoints"
 EVALUATION = "evaluation"  # in the folder of checkpoints: the journals of what has been evaluated
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+AFTERWARDS = ("merges", "search", "evaluation")  # of a recipe, what comes after training
 SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_threefry_partitionable")
 
 
@@ -91,13 +92,14 @@ def clear(out: Path) -> None:
 def run_fingerprint(
     recipe: Mapping[str, Any], data: Data, groups: Sequence[Prepared], model: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Everything that a run's weights depend on, bit for bit, as plain data; arrays are given by their SHA-256.
+    """Everything that a run's candidates depend on, bit for bit, as plain data; arrays are given by their SHA-256. How
+    they are merged and evaluated may change while a run goes on: journals of evaluation know what they are of.
 
     Args:
       model: `model_fingerprint`.
     """
     return {
-        "recipe": dict(recipe),
+        "recipe": {key: own for key, own in recipe.items() if key not in AFTERWARDS},
         "data": {name: rows_fingerprint(items) for name, items in data._asdict().items() if items is not None},
         **model,
         "tokens": [{side: _sha256(_arrays(tokens)) for side, tokens in g.sides.items()} for g in groups],

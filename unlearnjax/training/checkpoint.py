@@ -242,7 +242,9 @@ def _read_part(part: Path, digest: str, leaves: Mapping[str, Gathering]) -> None
         for key, piece in record["arrays"].items():
             region = tuple((begin, end) for begin, end in piece["region"])
             if leaves[piece["leaf"]].needs(region):
-                values = np.array(arrays.read(key))
+                slot = arrays.slots[key]
+                values = np.empty(slot.shape, slot.dtype)
+                arrays.read_into(values.reshape(-1), key)
                 if checksum(values) != piece["sha256"]:
                     raise Damaged(f"the checksum of leaf {piece['leaf']} in {file.name} is wrong")
                 leaves[piece["leaf"]].add(region, values)
@@ -254,7 +256,7 @@ def _unread(file: Path, error: BaseException) -> Damaged:
     """What an error of reading a file, or the error behind it, says of that file."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__context__
+        cause = cause.__cause__
     if cause is None or isinstance(cause, FileNotFoundError | IsADirectoryError | NotADirectoryError):
         return Damaged(f"{file.name} cannot be read ({_short(error)})")
     return Unreadable(f"{file.name} cannot be read ({cause.strerror or _short(cause)})")

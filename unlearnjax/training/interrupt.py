@@ -71,7 +71,7 @@ def catch_signals(stop: Stop, say: Callable[[str], None]) -> Iterator[None]:
                 os._exit(128 + number)
             if stop.polled:
                 name = signal.Signals(number).name
-                say(f"{name}: finishing this step and saving; once more to exit at once, with what was saved before")
+                say(f"{name}: finishing and saving this step; once more to exit at once, with what was saved before")
 
     reader, writer = os.pipe()
     os.set_blocking(writer, False)

@@ -48,7 +48,8 @@ class Keeper:
 
     Attributes:
       folder: holds step-<number> (see `unlearnjax.training.checkpoint`) and the fingerprint of the run.
-      every: seconds between two checkpoints; 0 means whenever the one before has been written.
+      every: seconds between two checkpoints; 0 means whenever the one before has been written (of several processes:
+        after every other step, as they agree on it a step later).
       say: told of what went wrong, one line each.
     """
 
@@ -111,8 +112,15 @@ class Keeper:
             self.saved = step
 
     def _found(self) -> list[Path]:
-        """The checkpoints there are, the newest first."""
-        steps = [p for p in self.folder.iterdir() if _NAME.fullmatch(p.name)]
+        """The checkpoints there are, the newest first.
+
+        Raises:
+          UserError: the folder cannot be read.
+        """
+        try:
+            steps = [p for p in self.folder.iterdir() if _NAME.fullmatch(p.name)]
+        except OSError as error:
+            raise _later(self.folder, error.strerror) from None
         return sorted(steps, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
 
     def restore(self, like: PyTree) -> Snapshot | None:
@@ -132,10 +140,12 @@ class Keeper:
                     manifest = unseal(place / MANIFEST)
                     snapshot = read_checkpoint(place, manifest, like)
             except Damaged as found:
-                damage = found
+                # The first process has read the manifest: where it is not there, the folder is not.
+                absent = damage is None and not os.path.exists(place / MANIFEST)
+                damage = Unreadable("is not there for every process") if absent else found
             damaged, unreadable = largest(damage is not None, isinstance(damage, Unreadable))
             if unreadable:
-                raise _later(place, damage or "in another process")
+                raise _later(place, damage if isinstance(damage, Unreadable) else "another process cannot read it")
             if snapshot is not None and not damaged:
                 self.saved = snapshot.step
                 other = difference(manifest["fingerprint"].get(PLACE), self.fingerprint.get(PLACE), PLACE)
@@ -201,9 +211,9 @@ def open_keeper(
     except BaseException:
         keeper.close()
         raise
-    if not folder.is_dir():
+    if largest(not os.path.isdir(folder))[0]:
         keeper.close()
-        raise UserError(f"{folder}: is there for the first process and not for this one; give a folder that all see")
+        raise UserError(f"{folder}: is not there for every process of the job; give a folder that all see")
     return keeper
 
 
@@ -211,7 +221,7 @@ def _mark(folder: Path, fingerprint: Mapping[str, Any], say: Callable[[str], Non
     """Make sure that a folder is this run's, and say so in it."""
     place = folder / FINGERPRINT
     remove_left_overs(folder)
-    if place.exists():
+    if _is_there(place):
         try:
             _same_run(unseal(place)["fingerprint"], fingerprint, folder.parent)
         except Unreadable as trouble:
@@ -224,8 +234,18 @@ def _mark(folder: Path, fingerprint: Mapping[str, Any], say: Callable[[str], Non
 
 def _later(place: Path, trouble: object) -> UserError:
     return UserError(
-        f"{place}: {trouble}; nothing was changed: try again when it can be read, or remove it to go on without it"
+        f"{place}: {trouble}; it stays as it is: try again when it can be read, or remove it to go on without it"
     )
+
+
+def _is_there(place: Path) -> bool:
+    try:
+        place.lstat()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise _later(place, error.strerror) from None
+    return True
 
 
 def _same_run(found: Any, ours: Any, place: Path) -> None:

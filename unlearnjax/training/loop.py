@@ -209,9 +209,7 @@ def train(
             collect(keep=4)
             if first:
                 jax.block_until_ready(states)
-            else:
-                steady += time.perf_counter() - started
-                steady_steps += int(step.update.sum())
+            spent = time.perf_counter() - started
             updates = updates + step.update
             if assessor is not None and assess is not None:
                 due = assessor.due(updates, schedule.updates, step)
@@ -220,7 +218,11 @@ def train(
             if after_step is not None:
                 after_step(done, states)
             # Processes of one job stop and save after the same step.
+            started = time.perf_counter()
             signum, save = agree(wishes, done == len(steps))
+            if not first:
+                steady += spent + time.perf_counter() - started  # several processes wait for their devices here
+                steady_steps += int(step.update.sum())
             asked = signum != 0
             if keeper is not None and (asked or done == len(steps) or save):
                 keeper.save(snapshot(done), wait=asked or done == len(steps))
