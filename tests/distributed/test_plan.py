@@ -6,8 +6,8 @@ import pytest
 
 from tests.kernels.base import v5e
 from unlearnjax.cli.main import main
+from unlearnjax.distributed.costs import Costs
 from unlearnjax.distributed.estimate import estimate, meshes, most_candidates, step_flops
-from unlearnjax.distributed.hlo import Costs
 from unlearnjax.distributed.mesh import make_mesh
 from unlearnjax.distributed.plan import Compiled, Plan, Tried, compile_program, make_plan, plan_as_plain, render
 from unlearnjax.distributed.programs import Workload, training_step

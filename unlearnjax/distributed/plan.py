@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from unlearnjax.distributed.costs import Costs, costs
 from unlearnjax.distributed.estimate import estimate, meshes
-from unlearnjax.distributed.hlo import Costs, costs
 from unlearnjax.distributed.mesh import check_sizes, describe_sizes, make_mesh
 from unlearnjax.distributed.programs import (
     Program,

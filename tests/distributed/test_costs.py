@@ -6,7 +6,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from unlearnjax.distributed.hlo import costs, group_size, parse, sent_bytes
+from unlearnjax.distributed.costs import costs, group_size, sent_bytes
+from unlearnjax.distributed.hlo import parse
 from unlearnjax.distributed.mesh import make_mesh
 
 LAYERS, ROWS, WIDTH = 6, 16, 32
