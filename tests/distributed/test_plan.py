@@ -133,3 +133,14 @@ def test_as_many_candidates_as_a_device_holds():
         assert held(most, sizes) <= 0.9 * chip.memory < held(most + apart, sizes)
     assert most_candidates(OLMO_7B, many, {"fsdp": 8}, 1.0) == 1
     assert most_candidates(OLMO_7B, many, {"fsdp": 8}, 1e15) == 64
+
+
+def test_of_meshes_that_do_not_fit_the_nearest_to_it_comes_first():
+    chip, work = EIGHT.chip, Workload(64)
+    found = [estimate(OLMO_7B, work, sizes, chip) for sizes in meshes(OLMO_7B, work, 8, chip)]
+    fits = [own.held <= 0.9 * chip.memory for own in found]
+    assert fits == sorted(fits, reverse=True) and not all(fits)
+    beyond = [own.held for own, fit in zip(found, fits, strict=True) if not fit]
+    assert beyond == sorted(beyond)
+    seconds = [own.seconds for own, fit in zip(found, fits, strict=True) if fit]
+    assert seconds == sorted(seconds)
