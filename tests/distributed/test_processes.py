@@ -22,6 +22,7 @@ from unlearnjax.distributed.processes import (
     several,
 )
 from unlearnjax.errors import UserError
+from unlearnjax.io.safetensors import open_folder
 
 PROGRAM = """
 import json, sys
@@ -29,6 +30,8 @@ from pathlib import Path
 from unlearnjax.distributed.processes import Agreement, agreed, fetch, firsts, follows, join, largest, leave, meetings
 from unlearnjax.distributed.processes import from_first, own_folder, put
 from unlearnjax.errors import UserError
+from unlearnjax.io import safetensors
+from unlearnjax.io.atomic import staged_folder
 join()
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
@@ -62,6 +65,22 @@ with own_folder(sys.argv[1]) as place:
     said["there"] = sorted(p.name for p in place.iterdir())
     said["own"], said["firsts"] = str(place), str(firsts(place / "a" / "b"))
     (place / "mine").write_text(str(me))
+    write, said["wrote"] = safetensors.write_file, []
+    def noted(path, *rest):
+        said["wrote"].append(path.name[7:12])
+        write(path, *rest)
+    safetensors.write_file = noted
+    tensors = [(f"t{i}", (8,), np.float32, lambda i=i: fetch(y * i)) for i in range(3)]
+    with staged_folder(place / "model") as staged:
+        safetensors.write_sharded(staged, tensors, 32)
+    # The second process cannot write its file: nobody's folder appears.
+    if me == 1:
+        safetensors.write_file = None
+    try:
+        with staged_folder(place / "other") as staged:
+            safetensors.write_sharded(staged, tensors, 32)
+    except Exception as error:
+        said["not written"] = f"{type(error).__name__}: {error}"
     largest(0)
 print(json.dumps(said), flush=True)
 leave(0)
@@ -181,6 +200,11 @@ def test_two_processes_find_each_other_and_agree(started, tmp_path):
         assert said["firsts"] == str(out / "a" / "b")
     first, second = found
     assert first["own"] == str(out) != second["own"] and second["there"] == ["begun"]
+    assert first["wrote"] == 2 * ["00001", "00003"] and second["wrote"] == ["00002"]
+    assert "another process could not write its files" in first["not written"] and "TypeError" in second["not written"]
+    assert sorted(p.name for p in out.iterdir()) == ["begun", "lock", "mine", "model"]
+    model = open_folder(out / "model")
+    assert [model.read(f"t{i}").tolist() for i in range(3)] == [[float(i * v) for v in range(8)] for i in range(3)]
     assert (out / "mine").read_text() == "0" and not os.path.exists(second["own"])
 
 

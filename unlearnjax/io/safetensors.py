@@ -8,7 +8,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PureWindowsPath
@@ -17,9 +17,10 @@ from typing import Any, BinaryIO, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from unlearnjax.distributed.processes import follows
+from unlearnjax.distributed.processes import several
 from unlearnjax.errors import UserError
 from unlearnjax.io.atomic import staged_file
+from unlearnjax.io.together import write_together
 
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(kind)
@@ -302,6 +303,10 @@ class Entry(NamedTuple):
     def size(self) -> int:
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
+    def made(self) -> "Entry":
+        """With the value itself."""
+        return self._replace(value=self.value() if callable(self.value) else self.value)
+
 
 def write_file(path: str | Path, entries: Iterable[Entry], metadata: dict[str, str] | None = None) -> None:
     """Write one safetensors file, holding one tensor at a time. Metadata defaults to {"format": "pt"}.
@@ -331,7 +336,7 @@ def write_file(path: str | Path, entries: Iterable[Entry], metadata: dict[str, s
 
 def _write_entry(file: BinaryIO, entry: Entry) -> None:
     """In a function of its own, so that nothing holds this tensor while the next one is made."""
-    value = entry.value() if callable(entry.value) else entry.value
+    value = entry.made().value
     if isinstance(value, Iterator):
         _write_pieces(file, entry, value)
         return
@@ -387,7 +392,7 @@ def write_sharded(
     written: Container[str] = (),
 ) -> None:
     """Write a model folder's tensors in Hugging Face's naming: one `model.safetensors`, or shards and their index. Each
-    file appears when it is whole.
+    file appears when it is whole. The processes of a job write the shards in turn (see `write_together`).
 
     Args:
       folder: an existing folder (stage it with `unlearnjax.io.atomic.staged_folder`).
@@ -398,16 +403,17 @@ def write_sharded(
     """
     folder = Path(folder)
     files = shards([Entry(*t) for t in tensors], max_shard_bytes)
-    for name, shard in files.items():
-        if name in written:
-            continue
-        if follows():
-            # Values may be gathered from all processes; one of them writes.
-            for entry in shard:
-                _ = entry.value() if callable(entry.value) else None
-        else:
-            with staged_file(folder / name) as path:
-                write_file(path, shard, metadata)
+    wanted = {name: shard for name, shard in files.items() if name not in written}
+
+    def write(place: Path, shard: Sequence[Entry]) -> None:
+        with staged_file(place) as path:
+            write_file(path, shard, metadata)
+
+    if several():
+        write_together(folder, wanted, Entry.made, write)
+    else:
+        for name, shard in wanted.items():
+            write(folder / name, shard)
     if len(files) == 1:
         return
     weights = {entry.name: name for name, shard in files.items() for entry in shard}
