@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from unlearnjax.distributed.costs import costs, group_size, sent_bytes
-from unlearnjax.distributed.hlo import parse
+from unlearnjax.distributed.hlo import parse, turns
 from unlearnjax.distributed.mesh import make_mesh
 
 LAYERS, ROWS, WIDTH = 6, 16, 32
@@ -117,3 +117,61 @@ def test_bytes_on_a_ring():
 def test_other_text_is_refused():
     with pytest.raises(ValueError, match="not the text of an HLO module"):
         parse("nothing")
+
+
+LOOP = """HloModule m
+
+%stepped (x: s32[]) -> s32[] {
+  %x = s32[] parameter(0)
+  %two = s32[] constant(2)
+  ROOT %more = s32[] add(s32[] %x, s32[] %two)
+}
+
+%less (a: s32[], b: s32[]) -> pred[] {
+  %b = s32[] parameter(1)
+  %a = s32[] parameter(0)
+  ROOT %lt = pred[] compare(s32[] %a, s32[] %b), direction=LT
+}
+
+%body (state: (f32[8], s32[])) -> (f32[8], s32[]) {
+  %state = (f32[8], s32[]) parameter(0)
+  %v = f32[8] get-tuple-element(%state), index=0
+  %i = s32[] get-tuple-element(%state), index=1
+  %one = s32[] constant(1)
+  %both = s32[] add(%one, %one)
+  %next = s32[] ADVANCED
+  ROOT %out = (f32[8], s32[]) tuple(%v, %next)
+}
+
+%condition (state.1: (f32[8], s32[])) -> pred[] {
+  %state.1 = (f32[8], s32[]) parameter(0)
+  %j = s32[] get-tuple-element(%state.1), index=1
+  %limit = s32[] constant(7)
+  ROOT %go = pred[] TESTED
+}
+
+ENTRY %main (p: (f32[8], s32[])) -> (f32[8], s32[]) {
+  %p = (f32[8], s32[]) parameter(0)
+  ROOT %loop = (f32[8], s32[]) while(%p), condition=%condition, body=%body
+}
+"""
+PLAIN_TEST, FUSED_TEST = "compare(%j, %limit), direction=LT", "fusion(%j, %limit), kind=kLoop, calls=%less"
+
+
+@pytest.mark.parametrize(
+    ("advanced", "tested", "expected"),
+    [
+        ("add(%i, %one)", PLAIN_TEST, 7),
+        ("add(%one, %i)", FUSED_TEST, 7),
+        ("add(%i, %both)", PLAIN_TEST, 4),  # XLA takes two turns of a loop in one
+        ("fusion(%i), kind=kLoop, calls=%stepped", FUSED_TEST, 4),
+        ("multiply(%i, %both)", PLAIN_TEST, None),
+        ("subtract(%i, %one)", PLAIN_TEST, None),
+        ("add(%i, %i)", PLAIN_TEST, None),
+        ("add(%i, %one)", "compare(%j, %limit), direction=NE", None),
+        ("add(%i, %one)", "compare(%limit, %j), direction=LT", None),
+    ],
+)
+def test_how_often_a_loop_runs(advanced, tested, expected):
+    module = parse(LOOP.replace("ADVANCED", advanced).replace("TESTED", tested))
+    assert turns(module, module.computations["main"]["loop"]) == expected

@@ -8,7 +8,7 @@ import torch
 from unlearnjax_kernels.vocab_logsumexp import vocab_logsumexp_and_mean
 
 from unlearnjax.data.tokens import Every, Side
-from unlearnjax.objectives.objective import TERMS, score, unscored
+from unlearnjax.objectives.objective import TERMS, answer_scores, score, unscored
 from unlearnjax.objectives.rmu import direction
 from unlearnjax.training.hyperparameters import index, stack
 
@@ -26,6 +26,11 @@ VALUES = {
     "max_grad_norm": 1.0, "term_weights": {"npo": 1.0}, "beta": BETA, "term_parameters": OWN, "lora_alpha": 1,
     "lora_rank": 1, "dropout": 0.0, "init_seed": 0,
 }  # fmt: skip
+
+
+def scored(hidden, head, side, *more):
+    head = jnp.asarray(head)
+    return score(hidden, answer_scores(hidden, head, side.targets, False), head, side, False, *more)
 
 
 @pytest.fixture(scope="module", params=[1.0, 6.0], ids=["spread", "memorised"])
@@ -132,7 +137,7 @@ def test_value_and_gradient_equal_torch(arrays, name):
 
     def losses(x):
         every = x if "every" in term.reads else None
-        return term.loss(score(x, jnp.asarray(head), side, False, every, term.reads), side, h)
+        return term.loss(scored(x, head, side, every, term.reads), side, h)
 
     compare(losses, hidden, expected, theirs)
 
@@ -173,7 +178,7 @@ def test_dpo_and_its_gradients_to_both_answers_equal_torch(arrays):
     sides = [make_side(frozen[k], head, (targets, better)[k]) for k in (0, 1)]
 
     def losses(x):
-        lose, win = (score(x[k], jnp.asarray(head), sides[k], False) for k in (0, 1))
+        lose, win = (scored(x[k], head, sides[k]) for k in (0, 1))
         return TERMS["dpo"].loss(lose._replace(beside=(win, sides[1])), sides[0], h)
 
     compare(losses, both, expected, theirs)

@@ -1,6 +1,6 @@
 """Rows of text as flat token arrays on the device, and batches gathered from them inside the compiled step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -175,13 +175,19 @@ class Side(NamedTuple):
 
 
 def gather(
-    store: Store, rows: Int[Array, " rows"], micro: Int[Array, " rows"], width: int, answers: int
+    store: Store,
+    rows: Int[Array, " rows"],
+    micro: Int[Array, " rows"],
+    width: int,
+    answers: int,
+    take: Callable[[Array, Array], Array] = lambda x, at: x[at],
 ) -> tuple[Int[Array, "rows width"], Int[Array, "rows answers"], Side]:
     """Token ids (right padded), the positions whose hidden states predict the answer, and the side's data.
 
     Args:
       rows: row indices, -1 where the slot is empty; micro: each slot's micro-batch within the step.
       width: static length of the token array; answers: static length of the answer arrays.
+      take: what is at these places of the base's arrays, [tokens] or [tokens, hidden].
     """
     present = rows >= 0
     index = jnp.maximum(rows, 0)
@@ -201,13 +207,14 @@ def gather(
     assign = (micro[None, :] == jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None]) & present[None, :]
     answer = None if r.answer_offset is None else jnp.where(mask, r.answer_offset[index][:, None] + nth, 0)
     named = ("expectation", "negative_entropy", "others_expectation", "others_log_odds")
-    held = {name: x[answer] for name in named if (x := getattr(r, name)) is not None and answer is not None}
-    held["inside"] = inside
+    held: dict[str, Any] = {"inside": inside}
+    if answer is not None:
+        held |= {name: take(x, answer) for name in named if (x := getattr(r, name)) is not None}
     if store.border is not None:
         held["retained"] = index >= store.border
     if r.every_layer is not None:
-        held["layer_hidden"] = r.every_layer[where]
+        held["layer_hidden"] = take(r.every_layer, where)
     if r.every_expectation is not None and r.every_negative_entropy is not None:
-        held["every"] = Every(inside, r.every_expectation[where], r.every_negative_entropy[where])
+        held["every"] = Every(inside, take(r.every_expectation, where), take(r.every_negative_entropy, where))
     side = Side(targets, mask, assign.astype(jnp.float32), None if r.nll is None else r.nll[index], **held)
     return tokens, predicted - 1, side

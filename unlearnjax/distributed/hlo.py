@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 BITS = {
@@ -127,20 +128,66 @@ def parse(text: str) -> Module:
     return Module(entry, computations)
 
 
+Linear = tuple[dict[int, int], int]  # of the numbers in a loop's tuple: coefficients by place, and a constant
+
+
+def _linear(module: Module, own: Computation, name: str, given: Sequence[Linear | None] | None) -> Linear | None:
+    """An instruction's value as a linear function of the numbers in a loop's tuple; None: it is not one.
+
+    Args:
+      given: the values of the computation's parameters; None: its parameter is the tuple.
+    """
+    i = own.get(name)
+    if i is None:
+        return None
+    inner = lambda place: _linear(module, own, i.operands[place], given)  # noqa: E731
+    if i.opcode == "constant":
+        return ({}, int(i.literal)) if re.fullmatch(r"-?\d+", i.literal) else None
+    if i.opcode == "parameter":
+        return given[int(i.literal)] if given is not None else None
+    if i.opcode == "get-tuple-element":
+        place = re.search(r"\bindex=(\d+)", i.attributes)
+        whole = own.get(i.operands[0])
+        of_loop = given is None and whole is not None and whole.opcode == "parameter"
+        return ({int(place[1]): 1}, 0) if place and of_loop else None
+    if i.opcode in ("copy", "bitcast", "convert", "reshape"):
+        return inner(0)
+    if i.opcode in ("add", "subtract"):
+        left, right = inner(0), inner(1)
+        if left is None or right is None:
+            return None
+        sign = 1 if i.opcode == "add" else -1
+        places = {p: left[0].get(p, 0) + sign * right[0].get(p, 0) for p in left[0].keys() | right[0].keys()}
+        return {p: n for p, n in places.items() if n}, left[1] + sign * right[1]
+    if i.opcode == "fusion":
+        called = module.computations[i.called("calls")[0]]
+        return _linear(module, called, _root(called).name, [inner(p) for p in range(len(i.operands))])
+    return None
+
+
+def _root(own: Computation) -> Instruction:
+    return next(i for i in own.values() if i.root)
+
+
 def turns(module: Module, loop: Instruction) -> int | None:
-    """How often a `while` runs, where its program says so or its condition compares with one constant, up to which a
-    loop of JAX's counts from 0 by one; None: that is not to be seen."""
+    """How often a `while` runs, where its program says so, or counts a number from 0 by a constant up to another, as
+    JAX's loops do; None: that is not to be seen."""
     known = re.search(r'known_trip_count[^}]*?"?n"?:"?(\d+)', loop.attributes)
     if known:
         return int(known[1])
-    names = loop.called("condition")
-    seen: list[Instruction] = []
-    while names:
-        own = module.computations.get(names.pop(), {})
-        seen += own.values()
-        names += [called for i in own.values() for called in i.called("calls", "to_apply")]
-    limits = [int(i.literal) for i in seen if i.opcode == "constant" and re.fullmatch(r"\d+", i.literal)]
-    compared = [i for i in seen if i.opcode == "compare"]
-    if len(limits) != 1 or len(compared) != 1 or "direction=LT" not in compared[0].attributes:
+    condition, body = (module.computations[loop.called(part)[0]] for part in ("condition", "body"))
+    test, own, given = _root(condition), condition, None
+    if test.opcode == "fusion":
+        given = [_linear(module, condition, name, None) for name in test.operands]
+        own = module.computations[test.called("calls")[0]]
+        test = _root(own)
+    if test.opcode != "compare" or "direction=LT" not in test.attributes:
         return None
-    return limits[0]
+    counted, limit = (_linear(module, own, name, given) for name in test.operands)
+    if counted is None or limit is None or limit[0] or len(counted[0]) != 1 or counted[1]:
+        return None
+    (place,) = counted[0]
+    after = _linear(module, body, _root(body).operands[place], None)
+    if after is None or after[0] != {place: 1} or after[1] < 1:
+        return None
+    return -(-limit[1] // after[1])

@@ -127,6 +127,24 @@ def along_rows(mesh: Mesh | None, x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, sharding(mesh, names, x.shape))
 
 
+def take_rows(mesh: Mesh | None, x: jax.Array, at: jax.Array) -> jax.Array:
+    """Inside a compiled program: x[at] of a store's array (`of_store`), each device of its own features. Left to XLA,
+    TPUs' compiler fails at it on some meshes (candidate=8,fsdp=8: a slice of the wrong shape).
+
+    Args:
+      x: [tokens, hidden], or [tokens], which are whole everywhere. at: [rows, ...].
+    """
+    if mesh is None or x.ndim != 2:
+        return x[at]
+    kept = partition((None, "features"), x.shape, mesh)
+    rows = (DATA,) if at.shape[0] % mesh.shape[DATA] == 0 else ()
+    out = PartitionSpec(rows, *(None,) * (at.ndim - 1), *kept[1:])
+    take = jax.shard_map(
+        lambda x, at: x[at], mesh=mesh, in_specs=(kept, PartitionSpec(rows)), out_specs=out, check_vma=False
+    )
+    return take(x, at)
+
+
 def gathered(mesh: Mesh, tree: PyTree[jax.Array]) -> PyTree[jax.Array]:
     """Inside a compiled program: a tree's arrays whole on each device, but for candidates where they are mapped."""
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, whole(mesh)), tree)

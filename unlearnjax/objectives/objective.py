@@ -116,20 +116,35 @@ def objective(names: Iterable[str], layers: int | None = None, layer: int | None
     return Objective(terms, layer)
 
 
+def answer_scores(
+    hidden: Float[Array, "rows answers hidden"],
+    head: Float[Array, "vocab hidden"],
+    targets: Int[Array, "rows answers"],
+    train_head: bool,
+) -> tuple[Float[Array, "rows answers"], Float[Array, "rows answers"]]:
+    """The answer tokens' log-likelihoods, and the logsumexp over the vocabulary, from the hidden states that predict
+    them. Only answers meet the vocabulary; the rows of all sides do together, so that devices can share them."""
+    total = vocab_logsumexp(hidden, head, train_head=train_head)
+    target = jnp.sum(hidden.astype(jnp.float32) * head[targets].astype(jnp.float32), axis=-1)
+    return target - total, total
+
+
 def score(
     hidden: Float[Array, "rows answers hidden"],
+    answered: tuple[Float[Array, "rows answers"], Float[Array, "rows answers"]],
     head: Float[Array, "vocab hidden"],
     side: Side,
     train_head: bool,
     every: Float[Array, "rows width hidden"] | None = None,
     reads: frozenset[str] = frozenset(),
 ) -> Scores:
-    """Token scores from the hidden states that predict the answer tokens. Only answers meet the vocabulary.
+    """One side's token scores.
 
-    `every`: the hidden states of all positions; they do too where a term reads `every`.
+    Args:
+      answered: `answer_scores` of its rows.
+      every: the hidden states of all positions; they meet the vocabulary too where a term reads `every`.
     """
-    total = vocab_logsumexp(hidden, head, train_head=train_head)
-    target = jnp.sum(hidden.astype(jnp.float32) * head[side.targets].astype(jnp.float32), axis=-1)
+    likelihood, total = answered
     others = vocab_logsumexp_and_mean(hidden, head, without=side.targets)[1] if "others" in reads else None
     everywhere = None if every is None else vocab_logsumexp(every, head, train_head=train_head)
     margin = None
@@ -137,7 +152,7 @@ def score(
         mean = jnp.mean(head.astype(jnp.float32), axis=0)  # the mean logit is the mean row's
         mean_logit = jnp.einsum("rah,h->ra", hidden.astype(jnp.float32), mean, precision="highest")
         margin = vocab_max(hidden, head, train_head=train_head) - mean_logit
-    return Scores(hidden, target - total, total, others, every, everywhere, margin)
+    return Scores(hidden, likelihood, total, others, every, everywhere, margin)
 
 
 def unscored(side: Side, layer_hidden: Float[Array, "rows width hidden"] | None) -> Scores:

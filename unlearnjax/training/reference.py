@@ -13,7 +13,7 @@ from unlearnjax.data.tokens import Reference, Store, Tokens, gather, to_device
 from unlearnjax.distributed.processes import fetch
 from unlearnjax.models.layers import pick
 from unlearnjax.models.protocol import Model
-from unlearnjax.objectives.objective import Objective, score
+from unlearnjax.objectives.objective import Objective, answer_scores
 
 
 def _distribution(hidden: Array, head: Array) -> tuple[Array, Array]:
@@ -45,11 +45,11 @@ def _base_scores(
     picked = pick(hidden, at) if every else hidden
     head = model.head(params)
     if needs & {"nll", "others"}:
-        scores = score(picked, head, side, train_head=False)
-        out["nll"] = jnp.sum(jnp.where(side.mask, -scores.log_probability, 0.0), axis=1)
+        likelihood, total = answer_scores(picked, head, side.targets, train_head=False)
+        out["nll"] = jnp.sum(jnp.where(side.mask, -likelihood, 0.0), axis=1)
         if "others" in needs:
             without, out["others_expectation"] = vocab_logsumexp_and_mean(picked, head, without=side.targets)
-            out["others_log_odds"] = scores.log_probability + scores.logsumexp - without
+            out["others_log_odds"] = likelihood + total - without
     if "distribution" in needs:
         out["expectation"], out["negative_entropy"] = _distribution(picked, head)
     if every:

@@ -14,10 +14,10 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from unlearnjax.adapters.protocol import Adapter
 from unlearnjax.data.tokens import Store, gather
 from unlearnjax.distributed.mesh import CANDIDATE
-from unlearnjax.distributed.rules import along_rows, cut_by, gathered, of_candidates, whole
+from unlearnjax.distributed.rules import along_rows, cut_by, gathered, of_candidates, take_rows, whole
 from unlearnjax.models.layers import pick
 from unlearnjax.models.protocol import WHERE_IT_IS, Dropout, Model, Spread
-from unlearnjax.objectives.objective import Memory, Objective, evaluate, score, unscored
+from unlearnjax.objectives.objective import Memory, Objective, answer_scores, evaluate, score, unscored
 from unlearnjax.training.hyperparameters import Hyperparameters
 from unlearnjax.training.state import State, apply_update, choose
 
@@ -67,7 +67,8 @@ def loss_of(
     """The forward pass over both sides' rows at once, the token scores at the answers, the weighted terms."""
     sides = task.objective.sides
     variables = task.adapter.apply(params, trainable, h)
-    taken = {s: gather(stores[s], work.rows[s], work.micro, width, answers) for s in sides}
+    take = functools.partial(take_rows, task.mesh)
+    taken = {s: gather(stores[s], work.rows[s], work.micro, width, answers, take) for s in sides}
     tokens = along_rows(task.mesh, jnp.concatenate([taken[s][0] for s in sides], axis=0))
     at = jnp.concatenate([taken[s][1] for s in sides], axis=0)
     dropout = None
@@ -92,13 +93,17 @@ def loss_of(
         scores = {s: unscored(taken[s][2], middle) for s, middle in zip(sides, middles, strict=True)}
     else:
         hidden = forward(entering, layers=layers, at=None if everywhere else at).hidden
-        parts, wholes = split(pick(hidden, at) if everywhere else hidden), split(hidden)
+        picked = along_rows(task.mesh, pick(hidden, at) if everywhere else hidden)
         head = task.model.head(variables.params)
+        targets = jnp.concatenate([taken[s][2].targets for s in sides], axis=0)
+        answered = answer_scores(picked, head, targets, task.adapter.trains_head)
         scores = {}
-        for side, part, whole, middle in zip(sides, parts, wholes, middles, strict=True):
+        for side, part, likelihood, total, whole, middle in zip(
+            sides, split(picked), *map(split, answered), split(hidden), middles, strict=True
+        ):
             every = whole if side in everywhere else None
             reads = task.objective.reads(side)
-            own = score(part, head, taken[side][2], task.adapter.trains_head, every, reads)
+            own = score(part, (likelihood, total), head, taken[side][2], task.adapter.trains_head, every, reads)
             scores[side] = own._replace(layer_hidden=middle)
     return evaluate(
         task.objective, scores, {s: taken[s][2] for s in sides}, work.micro_weight, h, state.multipliers,
