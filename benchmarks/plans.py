@@ -64,6 +64,7 @@ def planned(name: str, topology: str, candidates: int) -> dict[str, Any]:
     from unlearnjax.distributed.plan import make_plan, plan_as_plain
     from unlearnjax.distributed.programs import Workload
     from unlearnjax.distributed.topology import parse_topology
+    from unlearnjax.errors import UserError
 
     place, work = parse_topology(topology), Workload(candidates=candidates)
     tried = meshes(model(name), work, place.devices, place.chip)
@@ -72,8 +73,13 @@ def planned(name: str, topology: str, candidates: int) -> dict[str, Any]:
     if held[least] > 2 * place.chip.memory:
         gib = {"total": round(held[least] / 2**30, 2), "available": round(place.chip.memory / 2**30, 2)}
         return {"mesh": least, "fits": False, "gib": gib, "by": "closed form"}
+    found = {"mesh": least, "fits": False, "gib": {"total": 0.0, "available": 0.0}, "by": "the compiler failed"}
     for sizes in tried[:3]:
-        found = plan_as_plain(make_plan(model(name), place, work, sizes, whole=False))["tried"][0]
+        try:
+            found = plan_as_plain(make_plan(model(name), place, work, sizes, whole=False))["tried"][0]
+        except UserError as error:
+            print(error, flush=True)
+            continue
         if found["fits"]:
             break
     return found
@@ -151,6 +157,8 @@ def table(kept: dict[str, Any]) -> str:
 
 def _cell(case: dict[str, Any]) -> str:
     if not case["fits"]:
+        if case.get("by") == "the compiler failed":
+            return "compiler failed"
         about = "about " if case.get("by") else ""
         return f"no ({about}{case['gib']['total']:.1f})"
     return f"{case['gib']['total']:.1f}, {1000 * max(case['seconds'].values()):.3g}"

@@ -2,16 +2,19 @@
 
 import json
 
+import jax
 import pytest
 
 from tests.kernels.base import v5e
 from unlearnjax.cli.main import main
+from unlearnjax.distributed import plan
 from unlearnjax.distributed.costs import Costs
 from unlearnjax.distributed.estimate import estimate, meshes, most_candidates, step_flops
 from unlearnjax.distributed.mesh import make_mesh
 from unlearnjax.distributed.plan import Compiled, Plan, Tried, compile_program, make_plan, plan_as_plain, render
 from unlearnjax.distributed.programs import Workload, training_step
 from unlearnjax.distributed.topology import CHIPS, parse_topology, tpu_devices
+from unlearnjax.errors import UserError
 from unlearnjax.models.abstract import weight_bytes
 from unlearnjax.models.config import ModelConfig, replace
 from unlearnjax.models.config_json import config_to_hf
@@ -144,3 +147,22 @@ def test_of_meshes_that_do_not_fit_the_nearest_to_it_comes_first():
     assert beyond == sorted(beyond)
     seconds = [own.seconds for own, fit in zip(found, fits, strict=True) if fit]
     assert seconds == sorted(seconds)
+
+
+def test_a_mesh_that_the_compiler_fails_at_is_passed_over(monkeypatch):
+    real, asked = plan.compile_program, []
+
+    def failing(program, chip):
+        asked.append(program)
+        if len(asked) == 1:
+            raise jax.errors.JaxRuntimeError("INTERNAL: expected another shape")
+        return real(program, chip)
+
+    monkeypatch.setattr(plan, "compile_program", failing)
+    said = []
+    found = make_plan(SMALL, EIGHT, Workload(2, 1, 32, 2), tries=2, whole=False, say=said.append)
+    assert len(asked) == 2 and len(found.tried) == 1 and found.best is not None
+    assert any("the compiler failed (INTERNAL: expected another shape)" in line for line in said)
+    asked.clear()
+    with pytest.raises(UserError, match=r"v5e:2x4: mesh fsdp=8: the compiler failed .*; try another --mesh"):
+        make_plan(SMALL, EIGHT, Workload(2, 1, 32, 2), {"fsdp": 8}, whole=False)

@@ -21,6 +21,7 @@ from unlearnjax.distributed.programs import (
     training_step,
 )
 from unlearnjax.distributed.topology import Chip, Topology, tpu_devices
+from unlearnjax.errors import UserError
 from unlearnjax.models.config import ModelConfig
 
 TRIED = 3  # meshes that are compiled where none is asked for
@@ -147,7 +148,7 @@ def make_plan(
       say: told what is being compiled.
 
     Raises:
-      UserError: no compiler for TPUs, or the mesh is not of the topology's devices.
+      UserError: no compiler for TPUs, it failed at every mesh, or the mesh is not of the topology's devices.
     """
     devices = tpu_devices(topology)
     wanted = [dict(sizes)] if sizes is not None else meshes(config, workload, topology.devices, topology.chip)[:tries]
@@ -155,7 +156,13 @@ def make_plan(
     for own in wanted:
         mesh = make_mesh(own, devices)
         say(f"compiling the training step for {topology.name}, mesh {describe_sizes(own)}")
-        tried.append(Tried(own, compile_program(training_step(config, mesh, workload), topology.chip)))
+        try:
+            tried.append(Tried(own, compile_program(training_step(config, mesh, workload), topology.chip)))
+        except jax.errors.JaxRuntimeError as error:  # a fault of the compiler's, which other meshes may not meet
+            failed = f"mesh {describe_sizes(own)}: the compiler failed ({' '.join(str(error).split())[:200]})"
+            say(failed)
+    if not tried:
+        raise UserError(f"--topology {topology.name}: {failed}; try another --mesh")
     fitting = [t for t in tried if t.training.fits]
     best = min(fitting, key=lambda t: t.training.bound(topology.chip)[1], default=None)
     others = []
