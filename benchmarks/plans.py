@@ -68,12 +68,13 @@ def planned(name: str, topology: str, candidates: int) -> dict[str, Any]:
 
     place, work = parse_topology(topology), Workload(candidates=candidates)
     tried = meshes(model(name), work, place.devices, place.chip)
-    held = {describe_sizes(m): estimate(model(name), work, m, place.chip).held for m in tried}
-    least = min(held, key=held.__getitem__)
-    if held[least] > 2 * place.chip.memory:
-        gib = {"total": round(held[least] / 2**30, 2), "available": round(place.chip.memory / 2**30, 2)}
-        return {"mesh": least, "fits": False, "gib": gib, "by": "closed form"}
-    found = {"mesh": least, "fits": False, "gib": {"total": 0.0, "available": 0.0}, "by": "the compiler failed"}
+    # Where none fits the first one is the nearest to it.
+    held = estimate(model(name), work, tried[0], place.chip).held
+    gib = {"total": round(held / 2**30, 2), "available": round(place.chip.memory / 2**30, 2)}
+    found = {"mesh": describe_sizes(tried[0]), "fits": False, "gib": gib, "by": "closed form"}
+    if held > 2 * place.chip.memory:
+        return found
+    found["by"] = "the compiler failed"
     for sizes in tried[:3]:
         try:
             found = plan_as_plain(make_plan(model(name), place, work, sizes, whole=False))["tried"][0]

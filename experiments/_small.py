@@ -3,7 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,9 @@ from unlearnjax.models.decoder import build
 from unlearnjax.models.language_model import LanguageModel, load_model, save_model
 from unlearnjax.recipes.memorise import memorise
 from unlearnjax.recipes.prepare import Sources
+from unlearnjax.recipes.run import run
+from unlearnjax.recipes.schema import Recipe
+from unlearnjax.report.schema import FILE, read_report
 
 EPOCHS = 25
 
@@ -69,6 +72,13 @@ def write_sources(
         nonmembers,
         str(folder / "probe.jsonl") if probe else None,
     )
+
+
+def run_or_read(resume: bool, base: LanguageModel, sources: Sources, out: Path, recipe: Recipe, **more: Any) -> Any:
+    """The report of a run in `out`; with `resume` of one that has finished, or goes on with it."""
+    if resume and (out / FILE).exists():
+        return read_report(out)
+    return run(base, sources, out, recipe, resume=resume and out.exists(), **more)
 
 
 class Models(NamedTuple):

@@ -30,16 +30,14 @@ from pathlib import Path
 from typing import Any
 
 from _images import save
-from _small import add_arguments, load_lume, small_models, write_sources
+from _small import add_arguments, load_lume, run_or_read, small_models, write_sources
 from intervals import PLANE, bootstrap, from_plain, outcome, table, to_plain
 
 from unlearnjax.models.language_model import load_model
 from unlearnjax.recipes.load import load_recipe, with_suite
-from unlearnjax.recipes.run import run
 from unlearnjax.recipes.schema import Recipe
 from unlearnjax.report.charts import Point
 from unlearnjax.report.figure import points_svg
-from unlearnjax.report.schema import FILE, read_report
 
 HERE = Path(__file__).parent
 AGAINST = "zjuklab"
@@ -89,15 +87,10 @@ def main() -> None:
     results = Path(a.results or HERE / "results" / f"podium_{a.scale}.json")
     for seed in a.seeds:
         out = Path(a.out) / f"seed{seed}"
-        if a.resume and (out / FILE).exists():
-            report = read_report(out)
-        else:
-            command = ["python", "experiments/podium.py", "--scale", a.scale, "--seeds", str(seed)]
-            title = f"The podium of SemEval-2025 Task 4 on LUME ({a.scale}, seed {seed})"
-            resume = a.resume and out.exists()
-            report = run(
-                base, sources, out, with_seed(recipe, seed), gold=gold, command=command, title=title, resume=resume
-            )  # fmt: skip
+        command = ["python", "experiments/podium.py", "--scale", a.scale, "--seeds", str(seed)]
+        title = f"The podium of SemEval-2025 Task 4 on LUME ({a.scale}, seed {seed})"
+        own = with_seed(recipe, seed)
+        report = run_or_read(a.resume, base, sources, out, own, gold=gold, command=command, title=title)
         others = json.loads(results.read_text(encoding="utf-8"))["seeds"] if results.exists() else []
         others = [one for one in others if one["seed"] != seed]
         seeds = sorted([*others, of_seed(report, out, seed)], key=lambda one: one["seed"])

@@ -22,13 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from _images import save
-from _small import add_arguments, load_lume, small_models, write_sources
+from _small import add_arguments, load_lume, run_or_read, small_models, write_sources
 from intervals import bootstrap, by_seed, outcome
 
 from unlearnjax.models.language_model import load_model
 from unlearnjax.recipes.load import load_recipe
-from unlearnjax.recipes.run import run
-from unlearnjax.report.schema import FILE, read_report
 
 HERE = Path(__file__).parent
 DTYPES = ("float32", "bfloat16")
@@ -54,14 +52,11 @@ def main() -> None:
     reports, outcomes = {}, {}
     for dtype in DTYPES:
         out = Path(a.out) / dtype
-        if a.resume and (out / FILE).exists():
-            reports[dtype] = read_report(out)
-        else:
-            base, gold = (load_model(str(work / f"{name}-seed{a.model_seed}"), dtype) for name in ("base", "gold"))
-            reports[dtype] = run(
-                base, sources, out, recipe, gold=gold, command=["python", "experiments/precision.py"],
-                title=f"A pair and its merges, base in {dtype}", resume=a.resume and out.exists(),
-            )  # fmt: skip
+        base, gold = (load_model(str(work / f"{name}-seed{a.model_seed}"), dtype) for name in ("base", "gold"))
+        reports[dtype] = run_or_read(
+            a.resume, base, sources, out, recipe, gold=gold, command=["python", "experiments/precision.py"],
+            title=f"A pair and its merges, base in {dtype}",
+        )  # fmt: skip
         outcomes[dtype] = {m["name"]: outcome(out / "generations" / m["name"]) for m in reports[dtype]["models"]}
     # A candidate may have diverged in one of them.
     groups = by_seed([name for name in outcomes[DTYPES[0]] if name in outcomes[DTYPES[1]]])

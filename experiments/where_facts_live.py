@@ -23,16 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from _images import save
-from _small import add_arguments, load_lume, small_models, write_sources
+from _small import add_arguments, load_lume, run_or_read, small_models, write_sources
 from intervals import bootstrap, by_seed, outcome
 
 from unlearnjax.recipes.parse import recipe_from
-from unlearnjax.recipes.run import run
 from unlearnjax.recipes.schema import Recipe
 from unlearnjax.recipes.trace import run_trace
 from unlearnjax.report.charts import Point
 from unlearnjax.report.figure import points_svg
-from unlearnjax.report.schema import FILE, read_report
 from unlearnjax.report.scores import forgotten, retained
 from unlearnjax.report.trace import FILE as TRACED
 from unlearnjax.report.trace import read_trace
@@ -87,12 +85,8 @@ def main() -> None:
     else:
         trace = run_trace(base, a.forget, out / "trace", command=command, resume=a.resume and (out / "trace").exists())
     recipe = recipe_of(a, base.config.layers)
-    if a.resume and (out / "run" / FILE).exists():
-        report = read_report(out / "run")
-    else:
-        resume = a.resume and (out / "run").exists()
-        title = "Selective Amnesia on every range of layers"
-        report = run(base, sources, out / "run", recipe, gold=gold, command=command, title=title, resume=resume)
+    title = "Selective Amnesia on every range of layers"
+    report = run_or_read(a.resume, base, sources, out / "run", recipe, gold=gold, command=command, title=title)
     kept = figures(trace, report, out / "run", a.widths)
     save(kept, Path(a.results))
     Path(a.results).with_suffix(".svg").write_text(drawn(kept), encoding="utf-8")

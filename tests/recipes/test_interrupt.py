@@ -16,6 +16,8 @@ from unlearnjax.io.peft import load_adapter
 from unlearnjax.recipes import run as module
 from unlearnjax.recipes import train_step
 from unlearnjax.recipes.load import load_recipe
+from unlearnjax.recipes.prepare import Data
+from unlearnjax.recipes.resume import run_fingerprint
 from unlearnjax.training import checkpoint
 from unlearnjax.training.loop import train
 
@@ -290,3 +292,11 @@ def test_left_overs_of_a_killed_process_are_cleared_away(start, monkeypatch, und
     assert start("--resume")[0] == 0
     assert made(out) == undisturbed
     assert not [f for f in files(out) if ".part" in f or "odd" in f]
+
+
+def test_what_comes_after_training_may_change_on_the_way():
+    nothing = Data(*[None] * len(Data._fields))
+    of = lambda **recipe: run_fingerprint(recipe, nothing, [], {})  # noqa: E731
+    begun = of(candidates=["a"], merges=["m"], search={"rows": 8}, evaluation={"suite": "official"})
+    assert of(candidates=["a"], merges=[], search={"rows": 9}, evaluation={"suite": "full"}) == begun
+    assert of(candidates=["b"], merges=["m"], search={"rows": 8}, evaluation={"suite": "official"}) != begun

@@ -156,10 +156,7 @@ def largest(*numbers: int) -> list[int]:
     """Of each of the numbers the largest that any process has. All must call it at the same place."""
     if not several():
         return list(numbers)
-    from jax.experimental import multihost_utils
-
-    everyones = multihost_utils.process_allgather(np.asarray(numbers, np.int32))
-    return [int(x) for x in np.asarray(everyones).reshape(-1, len(numbers)).max(axis=0)]
+    return _read(_everyones_largest(numbers))
 
 
 class Agreement:
@@ -181,7 +178,7 @@ class Agreement:
         if not several() or last:
             return largest(*numbers())
         if self._asked is not None:
-            found = [int(x) for x in np.asarray(self._asked.addressable_data(0))]
+            found = _read(self._asked)
             self._asked = None
             if any(found):
                 return found
@@ -200,6 +197,10 @@ def _everyones_largest(numbers: tuple[int, ...]) -> Any:
     place, own = NamedSharding(mesh, PartitionSpec("process")), np.asarray(numbers, np.int32)[None]
     parts = jax.make_array_from_callback((jax.process_count(), len(numbers)), place, lambda _: own)
     return _column_maxima(NamedSharding(mesh, PartitionSpec()))(parts)
+
+
+def _read(asked: Any) -> list[int]:
+    return [int(x) for x in np.asarray(asked.addressable_data(0))]
 
 
 @functools.cache
