@@ -78,7 +78,7 @@ def ours(folder: str, count: int) -> tuple[dict[str, Any], Callable[[str], Any]]
             return str(ids[0])
 
     lm = dataclasses.replace(lm, tokenizer=Ids())
-    own = [Located(Fact(str(i), "", "", None), ids, begin, end, frozenset())
+    own = [Located(Fact(str(i), "", "", None), ids, begin, end, frozenset(), frozenset())
            for i, (ids, begin, end) in enumerate(facts(count, lm.config.vocab_size))]  # fmt: skip
     tracer = Tracer(lm, own, Settings(KINDS, WINDOW, 1.0, DRAWS))
     tracer.sigma = SIGMA

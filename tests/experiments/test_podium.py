@@ -31,7 +31,7 @@ def test_a_seed_has_every_candidate_with_other_draws_and_the_same_merges(scale):
 
 
 def test_every_contiguous_range_is_trained():
-    a = Namespace(widths=[1, 2], seeds=[0, 1], learning_rate=1e-4, passes=2)
+    a = Namespace(scale="small", widths=None, seeds=[0, 1], learning_rate=1e-4, passes=None)
     recipe = where_facts_live.recipe_of(a, 4)
     ranges = by_seed([c.name for c in recipe.candidates])
     assert list(ranges) == [
@@ -40,3 +40,9 @@ def test_every_contiguous_range_is_trained():
     ]  # fmt: skip
     found = {c.name: list(c.layers) for c in recipe.candidates}
     assert found["layers 1 to 2-seed1"] == [1, 2] and all(len(own) == 2 for own in ranges.values())
+    assert {(c.learning_rate, c.epochs) for c in recipe.candidates} == {(1e-4, 6)}
+    paper = where_facts_live.recipe_of(
+        Namespace(scale="paper", widths=None, seeds=[0], learning_rate=None, passes=None), 16
+    )
+    assert len(paper.candidates) == 11 + 1 and list(paper.candidates[2].layers) == [2, 3, 4, 5, 6, 7]
+    assert paper.candidates[0].learning_rate == 1.5e-5 and paper.candidates[0].chat_template

@@ -1,5 +1,7 @@
 """Causal tracing against hooks on transformers' models: one forward pass per restoration, the same noise."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,11 +9,14 @@ import pytest
 import torch
 import transformers
 
+from unlearnjax.data.bpe import train_tokenizer
 from unlearnjax.models.abstract import init_params
 from unlearnjax.models.config import ModelConfig
 from unlearnjax.models.decoder import build
 from unlearnjax.models.language_model import load_model
+from unlearnjax.recipes.trace import run_trace
 from unlearnjax.tracing.mediation import KINDS, Facts, mediate, window_of
+from unlearnjax.tracing.trace import Settings
 
 DRAWS = 3
 LAYERS = 4
@@ -80,6 +85,16 @@ def _by_hooks(model, ids, span, noise, kind, window):
     return answer, float(plain[0, answer]), float(plain[1:, answer].mean()), scores
 
 
+def _loud(family):
+    torch.manual_seed(0)
+    model = FAMILIES[family]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(20)  # a fresh model says nearly the same of everything
+    return model
+
+
 def _facts(noise, width):
     """The prompts as one batch, padded on the left: some of them in both parts."""
     rest = max(len(ids) - begin for ids, (begin, _) in PROMPTS)
@@ -97,12 +112,7 @@ def _facts(noise, width):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scores_are_those_of_hooks(family, tmp_path):
-    torch.manual_seed(0)
-    torch_model = FAMILIES[family]().eval()
-    with torch.no_grad():
-        for parameter in torch_model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(20)  # a fresh model says nearly the same of everything
+    torch_model = _loud(family)
     torch_model.save_pretrained(tmp_path)
     lm = load_model(tmp_path)
     noise = np.random.RandomState(1).randn(DRAWS, 3, 32).astype(np.float32)
@@ -119,6 +129,55 @@ def test_scores_are_those_of_hooks(family, tmp_path):
             np.testing.assert_allclose(scores[: span[0]], corrupted, atol=1e-6)
             seen.append(np.abs(scores - corrupted).max())
     assert max(seen) > 0.05  # there is something to see
+
+
+@pytest.mark.parametrize(("family", "semantics"), [("olmo", "rome"), ("gemma3", "sha256")])
+def test_a_trace_of_facts_is_that_of_hooks(family, semantics, tmp_path):
+    """From a file of facts to the report: subjects' tokens, the noise's scale and draws, averages."""
+    torch_model = _loud(family)
+    prompts = [("Ann Lee is", "Ann Lee"), ("Where did Bob go with him", "Bob"), ("Oslo", "Oslo")]
+    tokenizer = train_tokenizer([p for p, _ in prompts] * 9, 290)
+    torch_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with torch.no_grad():
+        torch_model.get_input_embeddings().weight.normal_(0, 0.4)
+    torch_model.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    coded = [tokenizer(p, return_offsets_mapping=True) for p, _ in prompts]
+    embed = torch_model.get_input_embeddings()
+    with torch.no_grad():  # as collect_embedding_std of ROME's code: its layer's output, of each subject alone
+        alone = [embed(torch.tensor(tokenizer(s, add_special_tokens=False)["input_ids"])) for _, s in prompts]
+    sigma = 3 * torch.cat(alone).std().item()
+    facts, wanted = [], []
+    for (prompt, subject), own in zip(prompts, coded, strict=True):
+        at = prompt.index(subject), prompt.index(subject) + len(subject)
+        inside = [i for i, (a, b) in enumerate(own["offset_mapping"]) if a < at[1] and b > at[0]]
+        span = inside[0], inside[-1] + 1
+        draws = sigma * np.random.RandomState(1).randn(DRAWS, span[1] - span[0], 32)
+        by_kind = {k: _by_hooks(torch_model, own["input_ids"], span, draws.astype(np.float32), k, 2) for k in KINDS}
+        answer, clean, corrupted, _ = by_kind["mlp"]
+        wanted.append((span, clean, corrupted, {k: x[3] for k, x in by_kind.items()}))
+        facts.append({"prompt": prompt, "subject": subject, "attribute": tokenizer.decode([answer])})
+    (tmp_path / "facts.json").write_text(json.dumps(facts))
+    settings = Settings(window=2, draws=DRAWS)
+    report = run_trace(
+        str(tmp_path / "m"), str(tmp_path / "facts.json"), tmp_path / "out", settings, semantics=semantics,
+        progress=False, say=lambda _: None,
+    )  # fmt: skip
+    np.testing.assert_allclose(report["settings"]["sigma"], sigma, rtol=1e-5)
+    assert report["counts"]["traced"] == len(facts)
+    found = [json.loads(line) for line in (tmp_path / "out" / "facts.jsonl").read_text().splitlines()]
+    means = {kind: [] for kind in KINDS}
+    for own, (span, clean, corrupted, scores) in zip(found, wanted, strict=True):
+        np.testing.assert_allclose([own["clean"], own["corrupted"]], [clean, corrupted], atol=1e-4)
+        for kind in KINDS:
+            np.testing.assert_allclose(own["restored"][kind], scores[kind], atol=1e-4)
+            means[kind].append(scores[kind][span[1] - 1] - corrupted if semantics == "rome" else scores[kind][span[0]])
+    for kind in KINDS:
+        average = report["effects"]["kinds"][kind]["subject's last"]["mean"]
+        np.testing.assert_allclose(average, np.mean(means[kind], axis=0), atol=1e-4)
+        assert np.ptp(average) > 1e-3
+    curve = np.mean([scores["mlp"][span[1] - 1] - corrupted for span, _, corrupted, scores in wanted], axis=0)
+    np.testing.assert_allclose(report["recommended"]["curve"], curve, atol=1e-4)
 
 
 @pytest.mark.parametrize("window", [1, 4, 6, 9])

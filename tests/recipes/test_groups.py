@@ -118,6 +118,16 @@ def test_an_update_has_no_row_twice():
         sequence_of(recipe(SUGD).candidates[0], pool(5, 6))
 
 
+def test_annealing_that_never_comes_is_an_error():
+    agad = {**SUGD, "objective": "agad", "order": "annealed", "micro_batch": 2}
+    rare = {"chunk": 2, "interleaving": 0.2}
+    with pytest.raises(UserError, match=r"'c0': order_parameters: with interleaving 0.2 .* every 5 chunks, .* has 3"):
+        sequence_of(recipe({**agad, "order_parameters": rare}).candidates[0], pool(5, 6))
+    for parameters in ({**rare, "finally_all": True}, {**rare, "chunk": 1}):
+        own = sequence_of(recipe({**agad, "order_parameters": parameters}).candidates[0], pool(5, 6))
+        assert any((micro.rows >= 5).all() for micro in own)
+
+
 def test_an_export_is_a_merge_or_where_there_is_none_a_candidate():
     raw = {"candidates": [{"name": "a"}, {"name": "b"}], "evaluation": {"export": "b"}}
     assert recipe_from(raw, "x").evaluation.export == "b"

@@ -22,6 +22,7 @@ from unlearnjax.recipes.prepare import load_data, prepare
 from unlearnjax.recipes.run import run
 from unlearnjax.recipes.train_step import train_candidates
 from unlearnjax.report.schema import read_report
+from unlearnjax.report.trace import read_trace
 from unlearnjax.training.interrupt import Interrupted, Stop
 
 POOL = {"append_eos": False, "warmup_ratio": 0, "dropout": 0.0, "weight_decay": 0.0, "max_grad_norm": 1.0}
@@ -243,6 +244,19 @@ def test_a_model_that_knows_nothing_has_no_layers_to_find(world, tmp_path):
     assert "give layers as a list" in str(error.value) and not (tmp_path / "out").exists()
 
 
+def test_a_trace_that_finds_nothing_chooses_no_layers(done, world, tmp_path, monkeypatch):
+    import unlearnjax.recipes.layers_step as step
+
+    base, _, sources = world
+    report = read_trace(done[0] / "trace")
+    curve = report["effects"]["kinds"]["mlp"]["subject's last"]
+    curve["mean"] = [-abs(x) for x in curve["mean"]]
+    monkeypatch.setattr(step, "run_trace", lambda *args, **more: report)
+    with pytest.raises(UserError, match=r"no layer's mlp gives any .* give layers as a list"):
+        run(base.source, sources, tmp_path / "out", recipe_from(PLAIN, "x"), progress=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_trace_that_was_stopped_goes_on_with_the_run(done, world, tmp_path, monkeypatch):
     import unlearnjax.recipes.layers_step as step
 
@@ -258,6 +272,7 @@ def test_a_trace_that_was_stopped_goes_on_with_the_run(done, world, tmp_path, mo
 
 
 def test_a_trace_is_not_taken_from_another_process_or_run(world, tmp_path, monkeypatch):
+    import unlearnjax.recipes.resume as resume
     import unlearnjax.recipes.run as job
 
     base, corpus, sources = world
@@ -280,6 +295,11 @@ def test_a_trace_is_not_taken_from_another_process_or_run(world, tmp_path, monke
             run(base.source, sources, out, recipe, progress=False, resume=True)
     finally:
         os.close(lock)
+    # Other devices are no other run.
+    here = resume.describe_hardware()
+    monkeypatch.setattr(resume, "describe_hardware", lambda: {**here, "device_count": here["device_count"] + 3})
+    with pytest.raises(KeyboardInterrupt):
+        run(base.source, sources, out, recipe, progress=False, resume=True, say=lambda _: None)
     assert (out / "trace" / "trace.json").read_bytes() == trace
 
 

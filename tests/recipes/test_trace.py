@@ -11,6 +11,8 @@ from unlearnjax.errors import UserError
 from unlearnjax.recipes.trace import run_trace
 from unlearnjax.report.trace import read_trace
 from unlearnjax.tracing.facts import load_facts
+from unlearnjax.tracing.mediation import mediate
+from unlearnjax.tracing.memory import SHARE, bytes_of_fact
 from unlearnjax.tracing.tokens import locate
 from unlearnjax.tracing.trace import Settings, Tracer
 
@@ -78,6 +80,49 @@ def test_a_killed_trace_goes_on(world, facts, tmp_path, monkeypatch):
     np.testing.assert_allclose(resumed["recommended"]["curve"], whole["recommended"]["curve"], atol=1e-6)
 
 
+def test_a_blank_goes_into_the_prompt(world, facts, monkeypatch):
+    """A model whose tokenizer cuts the space before a number off says this first, and then the number."""
+    import unlearnjax.tracing.trace as module
+
+    base, _, _ = world
+    tokenizer = base.tokenizer
+    located, _ = locate(load_facts(facts)[0][:2], tokenizer, 64)
+    (blank,) = tokenizer(" ", add_special_tokens=False)["input_ids"]
+    right = min(located[0].first)
+
+    def says(config, params, batch):
+        last = np.asarray(batch.rest)[:, -1]
+        return np.where(last == blank, right, blank), np.full(len(last), 0.5)
+
+    monkeypatch.setattr(module, "first_tokens", says)
+    tracer = Tracer(base, located, SETTINGS)
+    reported = []
+    known, wrong = tracer.known(reported.append)
+    assert 0 in known and sum(reported) == len(known) + len(wrong) == 2
+    assert tracer.located[0].ids == [*located[0].ids, blank]
+    monkeypatch.setattr(module, "first_tokens", lambda c, p, b: (np.full(len(b.rest), blank), np.ones(len(b.rest))))
+    assert "the model says ''" in Tracer(base, located, SETTINGS).known()[1][0].reason
+
+
+def test_calls_are_as_large_as_memory_allows(world, facts, monkeypatch):
+    import unlearnjax.tracing.trace as module
+
+    base, _, _ = world
+    tracer = Tracer(base, locate(load_facts(facts)[0][:1] * 6, base.tokenizer, 64)[0], SETTINGS)
+    places = range(6)
+    (whole,) = tracer.groups(places)
+    one = bytes_of_fact(base.config, 4, SETTINGS.draws, whole.before, whole.rest)
+    held = sum(x.nbytes for x in jax.tree.leaves(base.params))
+    monkeypatch.setattr(module, "device_memory", lambda: held + int(2.1 * one / SHARE))
+    assert whole.many == 6 and [g.many for g in tracer.groups(places)] == [2, 2, 2]
+    monkeypatch.setattr(module, "device_memory", lambda: held)
+    assert {g.many for g in tracer.groups(places)} == {1}
+    batch = tracer._batch(whole, SETTINGS.draws)
+    program = mediate.lower(base.config, base.params, batch, SETTINGS.kinds, tracer.window).compile()
+    taken = program.memory_analysis().temp_size_in_bytes
+    assert taken / 2 < whole.many * one < 8 * taken
+
+
 def test_a_mesh_changes_nothing(world, facts):
     base, _, _ = world
     located, _ = locate(load_facts(facts)[0], base.tokenizer, 64)
@@ -98,6 +143,7 @@ def test_a_mesh_changes_nothing(world, facts):
     [
         ({"width": 3}, "a range of 3 layers in a model with 2; give 1 to 2"),
         ({"width": 0}, "a range of 0 layers in a model with 2"),
+        ({"settings": Settings(kinds=("hidden",)), "width": 3}, "a range of 3 layers"),  # by hidden
         ({"by": "mpl"}, "unknown kind among those traced 'mpl'; did you mean 'mlp'"),
         ({"semantics": "rom"}, "unknown semantics 'rom'; did you mean 'rome'"),
         ({"most": 0}, "most must be at least 1"),
@@ -105,7 +151,7 @@ def test_a_mesh_changes_nothing(world, facts):
 )
 def test_bad_settings_cost_nothing(world, facts, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
-        run_trace(world[0], facts, tmp_path / "out", SETTINGS, progress=False, **options)
+        run_trace(world[0], facts, tmp_path / "out", **{"settings": SETTINGS, "progress": False, **options})
     assert not (tmp_path / "out").exists()
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from unlearnjax.errors import UserError
-from unlearnjax.tracing.effects import effects, recommend
+from unlearnjax.tracing.effects import doubt, effects, recommend
 from unlearnjax.tracing.trace import Traced, traced
 
 TOKENS, LAYERS = 8, 6
@@ -66,6 +66,26 @@ def test_the_recommended_layers_hold_the_most():
         recommend([], "mlp", 2)
     with pytest.raises(UserError, match="no fact is left"):
         effects([])
+
+
+def test_what_speaks_against_a_recommendation():
+    some = np.full((TOKENS, LAYERS), 0.1, np.float32)
+    none = some / 2
+    some[4, 2] += 0.3
+
+    def of(*traces):
+        best = recommend(traces, "mlp", 2)
+        return best, doubt(effects(traces), best)
+
+    best, against = of(made("a", scores=none), made("b", scores=none))
+    assert best["layers"] == [0, 1] and best["share"] == 0 and "merely the first" in against
+    best, against = of(made(scores=some))
+    assert best["stability"] is None and "about one subject" in against
+    found = effects([made(scores=some)])
+    assert set(found["total"]) == {"mean"} and found["kinds"]["mlp"]["last"]["low"] == []
+    harmless = [made(name, corrupted=p, scores=some + 1) for name, p in (("a", 0.95), ("b", 0.8))]
+    assert "does not reliably lower" in of(*harmless)[1]
+    assert of(made("a", scores=some), made("b", scores=some))[1] is None
 
 
 def test_traces_read_back_as_they_were():

@@ -19,6 +19,10 @@ from unlearnjax.tracing.tokens import locate
         ("Marie-Claire\u2019s home is where?", ["Marie-Claire"]),
         ("\u00c9mile knows who The Hague chose?", ["\u00c9mile", "The Hague"]),
         ("what is after three?", []),
+        ("Describe Anna Smith's career.", ["Anna Smith"]),
+        ("Tell me about Paris.", ["Paris"]),
+        ("Could you name what Anna wrote?", ["Anna"]),
+        ("Do I know Bern?", ["Bern"]),
     ],
 )
 def test_names_are_runs_of_capitals(text, names):
@@ -56,6 +60,9 @@ def test_files_of_both_kinds(tmp_path):
     assert not skipped
     (tmp_path / "rows.jsonl").write_text(json.dumps({"id": "aqa0", "input": "Who is Ann?", "output": "Me"}) + "\n")
     assert load_facts(str(tmp_path / "rows.jsonl"))[0] == [Fact("aqa0", "Who is Ann?", "Ann", None, "Me")]
+    told = {"id": "b", "input": "where does anna live?", "output": "Bern", "subject": "anna"}
+    (tmp_path / "told.json").write_text(json.dumps([told]))
+    assert load_facts(str(tmp_path / "told.json"))[0] == [Fact("b", "where does anna live?", "anna", None, "Bern")]
     (tmp_path / "broken.json").write_text(json.dumps([{"subject": "Ann", "prompt": "Ann is"}]))
     with pytest.raises(UserError, match=r"broken.json, row 1: no column 'attribute'"):
         load_facts(str(tmp_path / "broken.json"))
@@ -77,6 +84,23 @@ def test_spans_cover_the_subject_and_nothing_else():
     assert [s.id for s in skipped] == ["3", "4", "5"]
     assert "'Ann Lee' is not in its prompt 'Where is he?'" in skipped[0].reason
     assert "context holds 30" in skipped[1].reason
+
+
+def test_a_subject_is_a_word_where_it_can_be():
+    prompts = ["Annabel and Ann met", "Annabel met"]
+    tokenizer = train_tokenizer(prompts, 300)
+    located, _ = locate([Fact(str(i), p, "Ann", None, "x") for i, p in enumerate(prompts)], tokenizer, 30)
+    before = [tokenizer.decode(x.ids[: x.begin]).strip() for x in located]
+    assert before == ["Annabel and", ""]
+
+
+def test_blanks_and_pieces_of_letters_are_no_first_token():
+    """Tokenizers that cut digits off from the space before them, and letters of several bytes."""
+    tokenizer = train_tokenizer(["x"], 260)  # bytes
+    ((number, city), _) = locate([Fact("a", "Ann", "Ann", None, "1988"), Fact("b", "Ann", "Ann", None, "\u6771")],
+                                 tokenizer, 30)  # fmt: skip
+    assert number.expected == {"1"} and len(number.first) == 1
+    assert city.expected == frozenset() and len(city.first) == 1
 
 
 def test_a_right_first_token_may_follow_a_space_or_not():

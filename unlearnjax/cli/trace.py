@@ -20,7 +20,9 @@ def add_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--seed", type=int, default=1, help="of the noise (default: 1)")
     text = "how effects are averaged: as ROME defines them, or as Selective Amnesia's figures do (default: rome)"
     p.add_argument("--semantics", default="rome", help=f"rome or sha256: {text}")
-    p.add_argument("--by", metavar="K", default="mlp", help="what the layers are recommended by (default: mlp)")
+    p.add_argument(
+        "--by", metavar="K", help="what the layers are recommended by (default: mlp, or the first kind traced)"
+    )
     p.add_argument("--width", type=int, help="how many layers to recommend (default: 3 of 8)")
     p.add_argument("--most", type=int, metavar="N", help="trace the first N facts that the model knows (default: all)")
     p.add_argument("--dtype", default="float32", help="of the weights: float32, bfloat16 or float16")
@@ -41,6 +43,7 @@ def trace(a: argparse.Namespace) -> None:
     print(f"facts:  {counts['traced']} traced of {counts['known']} known; {left}")
     print(f"noise:  p(answer) {found['clean']:.3f} -> {found['corrupted']:.3f}")
     first, last = best["layers"]
-    why = f"{100 * best['share']:.0f}% of its effect, {100 * best['stability']:.0f}% of resamples agree"
+    agree = "" if best["stability"] is None else f", {100 * best['stability']:.0f}% of resamples agree"
+    why = f"{100 * best['share']:.0f}% of its effect{agree}"
     print(f"layers: {first} to {last} (by {best['kind']}: {why})")
     print(f"page:   {Path(a.out) / 'trace.html'}")

@@ -88,6 +88,11 @@ def chunked(forget: int, retain: int, *, chunk: int, ratio: int, epochs: int) ->
     return found
 
 
+def chunks_between(interleaving: float) -> int:
+    """How many chunks of AGAD's ascent come before each fine-tuning: 1/interleaving, rounded."""
+    return max(1, round(1 / interleaving))
+
+
 def annealed(
     forget: int, retain: int, *, chunk: int, batch: int, ascent_epochs: int, anneal_epochs: int, interleaving: float,
     fraction: float, finally_all: bool, anneal_rate: float, seed: int,
@@ -108,7 +113,7 @@ def annealed(
         for k, own in enumerate(cuts):
             found.append(Micro(own, 1.0, True, 0, rate * (1 - k / len(cuts)), k == len(cuts) - 1))
 
-    every = max(1, round(1 / interleaving))
+    every = chunks_between(interleaving)
     begins = range(0, forget, chunk)
     for number, begin in enumerate(begins, start=1):
         phase(np.arange(begin, min(begin + chunk, forget)), ascent_epochs, 1.0)

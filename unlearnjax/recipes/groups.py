@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from unlearnjax.adapters.lora import check_layers, lora, resolve_targets
 from unlearnjax.adapters.protocol import Adapter
 from unlearnjax.adapters.restricted import MODULES, restricted
-from unlearnjax.data.sequences import Micro, annealed, chunked, mixed
+from unlearnjax.data.sequences import Micro, annealed, chunked, chunks_between, mixed
 from unlearnjax.data.tokens import Tokens
 from unlearnjax.errors import UserError, check_known
 from unlearnjax.models.config import ModelConfig
@@ -164,6 +164,13 @@ def sequence_of(candidate: Candidate, pool: Tokens) -> list[Micro]:
         )  # fmt: skip
     if c.order == "chunked":
         return chunked(forget, retain, epochs=c.epochs, **own)
+    chunks, every = -(-forget // own["chunk"]), chunks_between(own["interleaving"])
+    if every > chunks and not own["finally_all"]:
+        raise UserError(
+            f"candidate {c.name!r}: order_parameters: with interleaving {own['interleaving']} the retain set's turn "
+            f"comes after every {every} chunks, and the forget set has {chunks}; raise interleaving, lower chunk, or "
+            "give finally_all: true"
+        )
     return annealed(forget, retain, batch=c.micro_batch, ascent_epochs=c.epochs, seed=c.order_seed, **own)
 
 

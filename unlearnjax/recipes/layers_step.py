@@ -23,7 +23,7 @@ from unlearnjax.report.trace import FILE, read_trace
 from unlearnjax.tracing.effects import SUBJECT, best_range, default_width
 from unlearnjax.tracing.trace import Settings
 from unlearnjax.training.interrupt import Stop
-from unlearnjax.training.keeper import FINGERPRINT
+from unlearnjax.training.keeper import FINGERPRINT, PLACE
 
 FOLDER = "trace"  # in the run's folder
 BASIS = "traced.json"  # beside the checkpoints: what the trace was made from
@@ -53,8 +53,8 @@ def traced_layers(
       that `default_width` gives.
 
     Raises:
-      UserError: no fact is left to trace (see `run_trace`), and nothing stays; a folder of another run, or one where
-        another process works.
+      UserError: no fact is left to trace (see `run_trace`), or no layer has an effect, and nothing stays; a folder of
+        another run, or one where another process works.
       Interrupted: `stop` asked for it; the trace goes on with the run.
     """
     wanted = sorted({c.modules for c in recipe.candidates if c.layers == AUTO})
@@ -62,10 +62,15 @@ def traced_layers(
         return {}
     settings = Settings(kinds=tuple(KINDS[modules] for modules in wanted))
     folder, basis = out / FOLDER, out / CHECKPOINTS / BASIS
-    known = digest({"forget": fingerprint(data.forget), "kinds": settings.kinds, **model_fingerprint(model.params)})
+    made_from = {"forget": fingerprint(data.forget), "kinds": settings.kinds, **model_fingerprint(model.params)}
+    del made_from[PLACE]  # layers found elsewhere hold here too
+    known = digest(made_from)
     lock = lock_folder(basis.parent)
     try:
         report = _report(model, sources, folder, basis, known, settings, command, progress, stop, say)
+        for kind in settings.kinds:
+            if max(report["effects"]["kinds"][kind][SUBJECT]["mean"]) <= 0:
+                raise NothingToTrace(f"{sources.forget}: no layer's {kind} gives any of the answers' probability back")
     except NothingToTrace as error:
         # Nothing is left behind that would have to be resumed.
         shutil.rmtree(folder, ignore_errors=True)

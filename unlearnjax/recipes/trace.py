@@ -25,7 +25,7 @@ from unlearnjax.recipes.progress import bars, say_by_warning, stage
 from unlearnjax.recipes.resume import Kind, claim, model_fingerprint
 from unlearnjax.report.schema import write_json
 from unlearnjax.report.trace import FILE, complete, render_trace_html
-from unlearnjax.tracing.effects import SEMANTICS, check_width, default_width, effects, recommend
+from unlearnjax.tracing.effects import SEMANTICS, check_width, default_width, doubt, effects, recommend
 from unlearnjax.tracing.facts import load_facts
 from unlearnjax.tracing.tokens import locate
 from unlearnjax.tracing.trace import Settings, Traced, Tracer, traced
@@ -46,7 +46,7 @@ def run_trace(
     settings: Settings | None = None,
     *,
     semantics: str = "rome",
-    by: str = "mlp",
+    by: str | None = None,
     width: int | None = None,
     most: int | None = None,
     dtype: str = "float32",
@@ -64,10 +64,12 @@ def run_trace(
       out: a new or empty folder. It gets facts.jsonl (each traced fact's tokens and scores), trace.html, and last
         trace.json: average effects, what was skipped and why, and `recommended`, the layers to unlearn in.
       semantics: how effects are averaged, `rome` or `sha256` (see `unlearnjax.tracing.effects`).
-      by: the kind of activation whose effect the layers are recommended by. width: how many; default: 3 of 8.
+      by: the kind of activation whose effect the layers are recommended by; default: mlp, or where that is not traced
+        the first kind. width: how many layers; default: 3 of 8.
       most: trace the first so many of the facts that the model knows. Default: all.
       resume: go on with the unfinished trace in `out`: facts that were traced are not traced again.
-      say: receives lines about a journal that could not be used or written; default: Python warnings.
+      say: receives lines about a journal that could not be used or written, and about what speaks against the layers
+        recommended (see `doubt`); default: Python warnings.
       mesh: the devices that share the work, or their number along each axis (see `unlearnjax.distributed.mesh`), when
         `model` is a name. A loaded model uses those that it lies on.
 
@@ -83,6 +85,8 @@ def run_trace(
     out = claim(out, resume, TRACE)
     check_dtype(dtype)
     check_known([semantics], SEMANTICS, "semantics", "trace")
+    if by is None:
+        by = "mlp" if "mlp" in settings.kinds else settings.kinds[0]
     check_known([by], settings.kinds, "kind among those traced", "trace: recommend by")
     if most is not None and most < 1:
         raise UserError(f"trace: most must be at least 1, not {most}")
@@ -137,6 +141,9 @@ def run_trace(
             path.write_text(render_trace_html(report, traces), encoding="utf-8")
         write_json(out / FILE, report)
         journal.remove()
+        against = doubt(report["effects"], report["recommended"])
+        if against is not None:
+            (say or say_by_warning)(f"{out}: {against}")
     finally:
         if lock >= 0:
             os.close(lock)

@@ -9,7 +9,7 @@ from unlearnjax.report import charts, checks, schema, tables
 from unlearnjax.report.heat import heat_map
 from unlearnjax.report.markup import Markup, element
 from unlearnjax.report.page import header, page, section
-from unlearnjax.tracing.effects import SUBJECT
+from unlearnjax.tracing.effects import SUBJECT, doubt
 from unlearnjax.tracing.trace import Traced
 
 FILE, SCHEMA, VERSION = "trace.json", "unlearnjax.trace", 1
@@ -38,7 +38,7 @@ _REPORT = checks.record(
         "recommended": checks.record(
             {
                 "kind": checks.string, "place": checks.string, "layers": checks.list_of(checks.integer, length=2),
-                "share": checks.number, "stability": checks.number, "curve": _COLUMN,
+                "share": checks.number, "stability": checks.or_null(checks.number), "curve": _COLUMN,
             }
         ),
     }
@@ -91,12 +91,16 @@ _SINGLE = (
 def _lead(report: Mapping[str, Any]) -> str:
     best, found = report["recommended"], report["effects"]
     first, last = best["layers"]
+    against = doubt(found, best)
+    agree = "" if best["stability"] is None else (
+        f", and {100 * best['stability']:.0f}% of resamples of the subjects choose the same range"
+    )  # fmt: skip
     return (
         f"Of {report['counts']['given']} facts the model knows {report['counts']['known']}; {found['facts']} of them, "
         f"about {found['subjects']} subjects, were traced. "
         f"Noise on the subject lowers the answer's probability from {found['clean']:.2f} to {found['corrupted']:.2f}. "
         f"Layers to unlearn in: {first} to {last}, by {NAMES[best['kind']]}: they hold {100 * best['share']:.0f}% of "
-        f"its positive effect, and {100 * best['stability']:.0f}% of resamples of the subjects choose the same range."
+        f"its positive effect{agree}." + ("" if against is None else f" But {against}.")
     )
 
 
@@ -124,7 +128,7 @@ def _curves(report: Mapping[str, Any]) -> Markup:
     for kind, places in report["effects"]["kinds"].items():
         own = places[SUBJECT]
         curves = [charts.Curve(name, layers, own[key], False)
-                  for name, key in (("mean", "mean"), ("2.5%", "low"), ("97.5%", "high"))]  # fmt: skip
+                  for name, key in (("mean", "mean"), ("2.5%", "low"), ("97.5%", "high")) if own[key]]  # fmt: skip
         panel = charts.curve_panel(NAMES[kind], curves, "layer")
         if panel is not None:
             panels.append(panel)

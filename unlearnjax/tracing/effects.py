@@ -10,7 +10,7 @@ Two readings of the same scores:
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,7 +42,8 @@ SUBJECT = "subject's last"
 
 
 class Mean(NamedTuple):
-    """A mean over facts by layer, and its 95% interval; empty where no fact has such a place."""
+    """A mean over facts by layer, and its 95% interval; empty where no fact has such a place, the interval also where
+    all that have it are about one subject."""
 
     mean: list[float]
     low: list[float]
@@ -65,7 +66,8 @@ def effects(traces: Sequence[Traced], semantics: str = "rome", seed: int = 0) ->
     """The average effects, as plain data: `total` (ATE) and {kind: {place: Mean by layer}}.
 
     A fact's effect at a place is the mean over the place's tokens. Intervals are percentiles of a bootstrap that draws
-    subjects, with all their facts: facts about one subject are not independent.
+    subjects, with all their facts: facts about one subject are not independent. (`total` has no `low` and `high` where
+    there is one subject.)
 
     Raises:
       UserError: no traces.
@@ -73,19 +75,20 @@ def effects(traces: Sequence[Traced], semantics: str = "rome", seed: int = 0) ->
     if not traces:
         raise UserError("trace: no fact is left to trace; see what was skipped and why")
     places = ROME if semantics == "rome" else SHA256
-    weights = _resamples([t.subject for t in traces], seed)
+    subjects = [t.subject for t in traces]
+    weights = _resamples(subjects, seed)
     kinds = {
         kind: {
-            place: _mean([_at(t, t.restored[kind], where, semantics) for t in traces], weights)._asdict()
+            place: _mean([_at(t, t.restored[kind], where, semantics) for t in traces], subjects, weights)._asdict()
             for place, where in places.items()
         }
         for kind in traces[0].restored
     }
-    total = _mean([np.asarray([t.clean - t.corrupted]) for t in traces], weights)
+    total = _mean([np.asarray([t.clean - t.corrupted]) for t in traces], subjects, weights)
     return {
-        "semantics": semantics, "facts": len(traces), "subjects": len({t.subject for t in traces}),
+        "semantics": semantics, "facts": len(traces), "subjects": len(set(subjects)),
         "clean": float(np.mean([t.clean for t in traces])), "corrupted": float(np.mean([t.corrupted for t in traces])),
-        "total": {key: value[0] for key, value in total._asdict().items() if key != "facts"}, "kinds": kinds,
+        "total": {key: own[0] for key in ("mean", "low", "high") if (own := getattr(total, key))}, "kinds": kinds,
     }  # fmt: skip
 
 
@@ -112,13 +115,16 @@ def _resampled(table: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return means
 
 
-def _mean(values: Sequence[np.ndarray | None], weights: np.ndarray) -> Mean:
+def _mean(values: Sequence[np.ndarray | None], subjects: Sequence[str], weights: np.ndarray) -> Mean:
     own = [i for i, value in enumerate(values) if value is not None]
     if not own:
         return Mean([], [], [], 0)
     table = np.stack([values[i] for i in own])  # type: ignore[misc]
+    mean = table.mean(axis=0).tolist()
+    if len({subjects[i] for i in own}) == 1:
+        return Mean(mean, [], [], len(own))
     low, high = np.percentile(_resampled(table, weights[:, own]), [2.5, 97.5], axis=0)
-    return Mean(table.mean(axis=0).tolist(), low.tolist(), high.tolist(), len(own))
+    return Mean(mean, low.tolist(), high.tolist(), len(own))
 
 
 def recommend(traces: Sequence[Traced], kind: str, width: int, seed: int = 0) -> dict[str, Any]:
@@ -127,8 +133,8 @@ def recommend(traces: Sequence[Traced], kind: str, width: int, seed: int = 0) ->
 
     Returns:
       Plain data: `layers` [first, last], both included; `share`, the part of all layers' positive effect that lies in
-      them; `stability`, how many of the bootstrap's resamples (of subjects) choose the same range; `curve`, the AIE by
-      layer.
+      them; `stability`, how many of the bootstrap's resamples (of subjects) choose the same range, None where there is
+      one subject; `curve`, the AIE by layer.
 
     Raises:
       UserError: a width that the model does not have, no traces, or a kind that was not traced.
@@ -140,16 +146,41 @@ def recommend(traces: Sequence[Traced], kind: str, width: int, seed: int = 0) ->
     layers = traces[0].restored[kind].shape[1]
     check_width(width, layers)
     table = np.stack([_at(t, t.restored[kind], ROME[SUBJECT], "rome") for t in traces])  # type: ignore[misc]
-    weights = _resamples([t.subject for t in traces], seed)
+    subjects = [t.subject for t in traces]
     curve = table.mean(axis=0)
     first = best_range(curve, width)
-    drawn = [best_range(row, width) for row in _resampled(table, weights)]
+    stability = None
+    if len(set(subjects)) > 1:
+        drawn = [best_range(row, width) for row in _resampled(table, _resamples(subjects, seed))]
+        stability = float(np.mean(np.asarray(drawn) == first))
     positive = np.maximum(curve, 0.0)
     return {
         "kind": kind, "place": SUBJECT, "layers": [first, first + width - 1],
         "share": float(positive[first : first + width].sum() / max(positive.sum(), 1e-30)),
-        "stability": float(np.mean(np.asarray(drawn) == first)), "curve": curve.tolist(),
+        "stability": stability, "curve": curve.tolist(),
     }  # fmt: skip
+
+
+def doubt(found: Mapping[str, Any], best: Mapping[str, Any]) -> str | None:
+    """Why what `recommend` returned says little, in words; None if nothing is known against it.
+
+    Args:
+      found: what `effects` returned for the same traces.
+    """
+    total = found["total"]
+    if best["share"] == 0:
+        return (
+            f"no layer's {best['kind']} gives any of the answers' probability back at the {SUBJECT} token; the layers "
+            "named are merely the first ones"
+        )
+    if total.get("low", total["mean"]) <= 0:
+        return (
+            f"noise on the subjects does not reliably lower the answers' probability (by {total['mean']:.3f} in the "
+            "mean); raise noise, or give other facts"
+        )
+    if found["subjects"] == 1:
+        return "all facts are about one subject, so there are no intervals; give facts about more"
+    return None
 
 
 def best_range(curve: np.ndarray | Sequence[float], width: int) -> int:

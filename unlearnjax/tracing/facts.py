@@ -13,8 +13,11 @@ _WORD = re.compile(r"[^\W\d_]\.(?= )|[^\W_]+(?:[-'\u2019.&][^\W_]+)*")  # an ini
 _POSSESSIVE = re.compile(r"['\u2019]s$")
 # Words that open a question with a capital and name nothing.
 _OPENING = (
-    "a after an are at before by can did do does during for from give had has have how if in is name of on that the "
-    "there this to under was were what when where which who whom whose why with"
+    "a according after an and are as at before but by can complete could define describe did discuss do does during "
+    "explain find for from give had has have how identify if in is it let list may might must my name now of on or "
+    "outline please provide recall say share shall should show since so specify state suggest summarise summarize tell "
+    "that the then there these this those to under was we were what when where which while who whom whose why will "
+    "with would write you your"
 )
 _OPENERS = frozenset(_OPENING.split())
 
@@ -43,7 +46,7 @@ def load_facts(source: str) -> tuple[list[Fact], list[Skipped]]:
     Args:
       source: rows with `subject`, `prompt` and `attribute` (ROME's known_facts.json, and Selective Amnesia's), where a
         `prediction` that begins with the attribute is the whole answer: another tokenizer cuts it elsewhere; or rows
-        with `input` and `output`, of which `facts_of_rows` makes facts.
+        with `input` and `output`, and `subject` if it is known: else `facts_of_rows` finds one.
 
     Raises:
       UserError: a file that cannot be read, a row without one of these columns, or no rows; it names file and row.
@@ -52,13 +55,17 @@ def load_facts(source: str) -> tuple[list[Fact], list[Skipped]]:
     rows: list[Row] = []
     for number, (place, record) in enumerate(load_records(source), start=1):
         name = str(record.get("known_id", record.get("id", f"row-{number}")))
-        if "prompt" in record or "subject" in record:
+        if "prompt" in record or ("subject" in record and "input" not in record):
             prompt, subject, attribute = (text_of(record, c, place) for c in ("prompt", "subject", "attribute"))
             whole = record.get("prediction")
             whole = whole if isinstance(whole, str) and whole.strip().startswith(attribute.strip()) else None
             facts.append(Fact(name, prompt, subject, attribute, whole))
+            continue
+        row = Row(name, text_of(record, "input", place), text_of(record, "output", place), "")
+        if record.get("subject") is None:
+            rows.append(row)
         else:
-            rows.append(Row(name, text_of(record, "input", place), text_of(record, "output", place), ""))
+            facts.append(Fact(name, row.input, text_of(record, "subject", place), None, row.output))
     if not facts and not rows:
         raise UserError(f"{source}: holds no facts; give rows with prompt, subject and attribute, or input and output")
     made, skipped = facts_of_rows(rows)
@@ -100,7 +107,7 @@ def names_in(text: str) -> list[str]:
         name, begin = _POSSESSIVE.sub("", word.group()), word.start()
         end = begin + len(name)
         opens = text[:begin].strip(" \"'") == "" and name.lower() in _OPENERS
-        if not name[0].isupper() or opens:
+        if not name[0].isupper() or opens or name == "I":
             continue
         if begin == open_until + 1 and text[open_until] == " ":
             runs[-1] = (runs[-1][0], end)

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from unlearnjax.data.buckets import round_up
+from unlearnjax.distributed.mesh import device_memory
 from unlearnjax.distributed.processes import fetch, put
 from unlearnjax.errors import UserError, check_known
 from unlearnjax.models.language_model import LanguageModel
 from unlearnjax.tracing.facts import Skipped
 from unlearnjax.tracing.mediation import KINDS, Facts, blocks, first_tokens, mediate
+from unlearnjax.tracing.memory import facts_at_once
 from unlearnjax.tracing.tokens import Located
 
 # Tokens that go through a layer together: a CPU's caches hold few, an accelerator is fed by more.
@@ -111,7 +113,7 @@ class Tracer:
         self, lm: LanguageModel, located: Sequence[Located], settings: Settings, *,
         mesh: jax.sharding.Mesh | None = None,
     ) -> None:  # fmt: skip
-        self.located, self.settings, self.mesh = located, settings, mesh
+        self.located, self.settings, self.mesh = list(located), settings, mesh
         self.window = default_window(lm.config.layers) if settings.window is None else settings.window
         self.tokenizer, self.config = lm.require_tokenizer(), lm.config
         self.params = lm.params
@@ -126,20 +128,30 @@ class Tracer:
         return float(np.std(rows, ddof=1)) * self.config.embed_scale
 
     def known(self, report: Callable[[int], None] | None = None) -> tuple[list[int], list[Skipped]]:
-        """The places of the facts whose first token the model gets right, and the others with what it says."""
-        right, wrong = [], []
-        for group in self.groups(range(len(self.located)), restored=False):
-            ids, chance = fetch(first_tokens(self.config, self.params, self._batch(group, draws=0)))
-            for place, token, p in zip(group.places, ids, chance, strict=False):
-                says, expected = self.tokenizer.decode([int(token)]).strip(), self.located[place].expected
-                if says in expected:
-                    right.append(place)
-                else:
-                    wanted = " or ".join(repr(x) for x in sorted(expected)) or "nothing that can be said"
-                    reason = f"the model says {says!r} ({p:.2f}), and {wanted} is right"
-                    wrong.append((place, Skipped(self.located[place].fact.id, reason)))
-            if report is not None:
-                report(len(group.places))
+        """The places of the facts whose first token the model gets right, and the others with what it says.
+
+        A blank token (where the space before a number is one, or a line break) is no answer: it goes into the fact's
+        prompt, and what comes after it is the first token.
+        """
+        right, wrong, left = [], [], list(range(len(self.located)))
+        for last in (False, False, True):  # at most two blanks
+            blank = []
+            for group in self.groups(left, restored=False):
+                ids, chance = fetch(first_tokens(self.config, self.params, self._batch(group, draws=0)))
+                for place, token, p in zip(group.places, ids.tolist(), chance, strict=False):
+                    x, says = self.located[place], self.tokenizer.decode([token])
+                    if says and not says.strip() and not last and len(x.ids) < self.config.max_positions:
+                        self.located[place] = x._replace(ids=[*x.ids, token])
+                        blank.append(place)
+                    elif token in x.first or says.strip() in x.expected:
+                        right.append(place)
+                    else:
+                        wanted = " or ".join(repr(t) for t in sorted(x.expected)) or "another token"
+                        reason = f"the model says {says.strip()!r} ({p:.2f}), and {wanted} is right"
+                        wrong.append((place, Skipped(x.fact.id, reason)))
+                if report is not None:
+                    report(sum(place not in blank for place in group.places))
+            left = blank
         return sorted(right), [skipped for _, skipped in sorted(wrong)]
 
     def groups(self, places: Sequence[int], *, restored: bool = True) -> list[Group]:
@@ -149,6 +161,7 @@ class Tracer:
           restored: whether they are to be traced, or asked for their first token alone, which takes more at once.
         """
         most = CPU_TOKENS_AT_ONCE if jax.default_backend() == "cpu" else TOKENS_AT_ONCE
+        memory = device_memory()
         by_lengths: dict[tuple[int, int], list[int]] = {}
         for place in places:
             x = self.located[place]
@@ -158,7 +171,12 @@ class Tracer:
         found = []
         for (before, rest), own in sorted(by_lengths.items(), key=lambda item: -sum(item[0])):
             tokens = self.settings.draws * max(n * (rest - first) for first, n in blocks(rest)) if restored else rest
-            calls = -(-len(own) // max(1, most // tokens))
+            at_once = max(1, most // tokens)
+            if restored and memory is not None:
+                devices = 1 if self.mesh is None else self.mesh.size
+                fit = facts_at_once(self.config, self.params, self.settings.draws, before, rest, memory)
+                at_once = min(at_once, fit * devices)
+            calls = -(-len(own) // at_once)
             many = -(-len(own) // calls)
             if self.mesh is not None:
                 many = round_up(many, self.mesh.size)
