@@ -164,6 +164,7 @@ def test_sugd(base):
     compare(curve.loss, phases(model, own, group, lambda r: by_row(model, lm, candidate, r, 0.5)))
 
 
+@pytest.mark.slow
 def test_agad(base):
     """Ascent on chunks of 6, then fine-tuning on a quarter of the retain rows, with PEFT's LoRA from the same A."""
     parameters = {"chunk": 6, "anneal_epochs": 2, "fraction": 0.25}

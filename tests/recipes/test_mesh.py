@@ -92,6 +92,7 @@ def test_weights_are_read_onto_a_mesh_as_they_are(world):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), found, base.params)
 
 
+@pytest.mark.slow
 def test_a_trace_on_a_mesh_is_the_trace_on_one_device(world, tmp_path):
     base, _, sources = world
     one, other = (
