@@ -131,11 +131,10 @@ def figures(trace: dict[str, Any], report: dict[str, Any], folder: Path, widths:
     outcomes = {name: outcome(folder / "generations" / name) for name in models}
     by_name = {g: [outcomes[name] for name in own] for g, own in groups.items()}
     curve = trace["effects"]["kinds"]["mlp"][SUBJECT]["mean"]
-    found = {}
+    found, every = {}, name_of(0, len(curve))
     for width in widths:
         best = name_of(best_range(curve, width), width)
         own = [name_of(first, width) for first in range(len(curve) - width + 1)]
-        every = name_of(0, len(curve))
         compared = {name: by_name[name] for name in ("base", "gold", *own, every) if name in by_name}
         found[str(width)] = {"recommended": best, "models": bootstrap(compared, best, 2000, 0)}
         for first, name in enumerate(own):

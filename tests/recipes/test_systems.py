@@ -252,7 +252,7 @@ def test_a_trace_that_finds_nothing_chooses_no_layers(done, world, tmp_path, mon
     curve = report["effects"]["kinds"]["mlp"]["subject's last"]
     curve["mean"] = [-abs(x) for x in curve["mean"]]
     monkeypatch.setattr(step, "run_trace", lambda *args, **more: report)
-    with pytest.raises(UserError, match=r"no layer's mlp gives any .* give layers as a list"):
+    with pytest.raises(UserError, match=r"no range of 1 layers gives any .*, by mlp; .*give layers as a list"):
         run(base.source, sources, tmp_path / "out", recipe_from(PLAIN, "x"), progress=False)
     assert not (tmp_path / "out").exists()
 

@@ -78,7 +78,10 @@ def test_what_speaks_against_a_recommendation():
         return best, doubt(effects(traces), best)
 
     best, against = of(made("a", scores=none), made("b", scores=none))
-    assert best["layers"] == [0, 1] and best["share"] == 0 and "merely the first" in against
+    assert best["layers"] == [0, 1] and best["share"] == 0 and "merely the least bad" in against
+    mixed = np.full((TOKENS, LAYERS), -0.4, np.float32)
+    mixed[4, 2] = 0.3  # beside layers that do harm: no range of two gives anything back
+    assert "merely the least bad" in of(made("a", scores=mixed), made("b", scores=mixed))[1]
     best, against = of(made(scores=some))
     assert best["stability"] is None and "about one subject" in against
     found = effects([made(scores=some)])

@@ -23,6 +23,7 @@ from unlearnjax.tracing.tokens import locate
         ("Tell me about Paris.", ["Paris"]),
         ("Could you name what Anna wrote?", ["Anna"]),
         ("Do I know Bern?", ["Bern"]),
+        ("Will Smith's town is where?", ["Will Smith"]),
     ],
 )
 def test_names_are_runs_of_capitals(text, names):

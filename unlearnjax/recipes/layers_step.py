@@ -68,9 +68,17 @@ def traced_layers(
     lock = lock_folder(basis.parent)
     try:
         report = _report(model, sources, folder, basis, known, settings, command, progress, stop, say)
-        for kind in settings.kinds:
-            if max(report["effects"]["kinds"][kind][SUBJECT]["mean"]) <= 0:
-                raise NothingToTrace(f"{sources.forget}: no layer's {kind} gives any of the answers' probability back")
+        width, found = default_width(model.config.layers), {}
+        for modules in wanted:
+            curve = report["effects"]["kinds"][KINDS[modules]][SUBJECT]["mean"]
+            first = best_range(curve, width)
+            # Not of a run whose training has begun: its checkpoints would go with the trace.
+            if sum(curve[first : first + width]) <= 0 and not (basis.parent / FINGERPRINT).exists():
+                raise NothingToTrace(
+                    f"{sources.forget}: no range of {width} layers gives any of the answers' probability back, by "
+                    f"{KINDS[modules]}"
+                )
+            found[modules] = tuple(range(first, first + width))
     except NothingToTrace as error:
         # Nothing is left behind that would have to be resumed.
         shutil.rmtree(folder, ignore_errors=True)
@@ -82,11 +90,6 @@ def traced_layers(
     finally:
         if lock >= 0:
             os.close(lock)
-    width = default_width(model.config.layers)
-    found = {}
-    for modules in wanted:
-        first = best_range(report["effects"]["kinds"][KINDS[modules]][SUBJECT]["mean"], width)
-        found[modules] = tuple(range(first, first + width))
     return found
 
 

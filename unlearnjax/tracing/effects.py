@@ -167,11 +167,11 @@ def doubt(found: Mapping[str, Any], best: Mapping[str, Any]) -> str | None:
     Args:
       found: what `effects` returned for the same traces.
     """
-    total = found["total"]
-    if best["share"] == 0:
+    total, (first, last) = found["total"], best["layers"]
+    if sum(best["curve"][first : last + 1]) <= 0:
         return (
-            f"no layer's {best['kind']} gives any of the answers' probability back at the {SUBJECT} token; the layers "
-            "named are merely the first ones"
+            f"no range of {last + 1 - first} layers gives any of the answers' probability back, by {best['kind']} at "
+            f"the {SUBJECT} token; those named are merely the least bad"
         )
     if total.get("low", total["mean"]) <= 0:
         return (

@@ -14,9 +14,9 @@ _POSSESSIVE = re.compile(r"['\u2019]s$")
 # Words that open a question with a capital and name nothing.
 _OPENING = (
     "a according after an and are as at before but by can complete could define describe did discuss do does during "
-    "explain find for from give had has have how identify if in is it let list may might must my name now of on or "
+    "explain find for from give had has have how identify if in is it let list might must my name now of on or "
     "outline please provide recall say share shall should show since so specify state suggest summarise summarize tell "
-    "that the then there these this those to under was we were what when where which while who whom whose why will "
+    "that the then there these this those to under was we were what when where which while who whom whose why "
     "with would write you your"
 )
 _OPENERS = frozenset(_OPENING.split())

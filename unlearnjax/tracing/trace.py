@@ -161,7 +161,7 @@ class Tracer:
           restored: whether they are to be traced, or asked for their first token alone, which takes more at once.
         """
         most = CPU_TOKENS_AT_ONCE if jax.default_backend() == "cpu" else TOKENS_AT_ONCE
-        memory = device_memory()
+        memory = device_memory() if restored else None
         by_lengths: dict[tuple[int, int], list[int]] = {}
         for place in places:
             x = self.located[place]
@@ -172,7 +172,7 @@ class Tracer:
         for (before, rest), own in sorted(by_lengths.items(), key=lambda item: -sum(item[0])):
             tokens = self.settings.draws * max(n * (rest - first) for first, n in blocks(rest)) if restored else rest
             at_once = max(1, most // tokens)
-            if restored and memory is not None:
+            if memory is not None:
                 devices = 1 if self.mesh is None else self.mesh.size
                 fit = facts_at_once(self.config, self.params, self.settings.draws, before, rest, memory)
                 at_once = min(at_once, fit * devices)
