@@ -7,10 +7,14 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from unlearnjax.distributed.digest import digest_of
 from unlearnjax.distributed.processes import (
     EXPLICIT,
+    HEARTBEAT,
     Agreement,
     agreed,
     fetch,
@@ -22,13 +26,13 @@ from unlearnjax.distributed.processes import (
     several,
 )
 from unlearnjax.errors import UserError
-from unlearnjax.io.safetensors import open_folder
+from unlearnjax.io.safetensors import Entry, open_folder, write_file
 
 PROGRAM = """
 import json, sys
 from pathlib import Path
 from unlearnjax.distributed.processes import Agreement, agreed, fetch, firsts, follows, join, largest, leave, meetings
-from unlearnjax.distributed.processes import from_first, own_folder, put
+from unlearnjax.distributed.processes import from_first, own_folder, put, require_same
 from unlearnjax.errors import UserError
 from unlearnjax.io import safetensors
 from unlearnjax.io.atomic import staged_folder
@@ -54,6 +58,11 @@ try:
     agreed(wrong)
 except UserError as error:
     said["error"] = str(error)
+require_same({"a": [1, 2], "b": me * 0})
+try:
+    require_same({"a": [1, 2], "b": me, "c": {"x": me}})
+except UserError as error:
+    said["odd"] = str(error)
 mesh = jax.make_mesh((jax.device_count(),), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
 x = np.arange(8, dtype=np.float32)
 y = put({"x": x}, {"x": NamedSharding(mesh, PartitionSpec("x"))})["x"]
@@ -136,6 +145,56 @@ leave(0)
 """
 
 
+READING = """
+import json, sys
+from pathlib import Path
+from unlearnjax.distributed.processes import join, leave, own_folder
+from unlearnjax.errors import UserError
+join()
+import jax, jax.numpy as jnp, numpy as np
+from unlearnjax.distributed.digest import digest_of
+from unlearnjax.distributed.mesh import make_mesh
+from unlearnjax.distributed.rules import sharding
+from unlearnjax.io import sharded
+from unlearnjax.io.safetensors import open_folder
+from unlearnjax.models.abstract import ArrayInfo
+from unlearnjax.models.families import Source
+me, folder = jax.process_index(), Path(sys.argv[1])
+mesh = make_mesh({"fsdp": 2, "tensor": 2})
+read, pieces = sharded.read_piece, []
+def noted(checkpoint, name, index):
+    pieces.append([name, *([part.start, part.stop] for part in index)])
+    return read(checkpoint, name, index)
+sharded.read_piece = noted
+def source(path, names, shape, axes, stacked):
+    return Source((path,), ArrayInfo(shape, jnp.float32, axes, None), tuple(names), stacked)
+wanted = [
+    source("up", ["up0", "up1"], (2, 8, 4), ("layers", "mlp", "embed"), True),
+    source("odd", ["odd"], (6, 4), (None, "embed"), False),
+    source("wide", ["wide"], (5, 4), (None, "embed"), False),
+]
+made = sharded.load_on(mesh, open_folder(folder), wanted)
+said, shapes = {"pieces": sorted(pieces)}, [s.info.shape for s in wanted]
+said["placed"] = [x.sharding == sharding(mesh, s.info.axes, s.info.shape) for x, s in zip(made, wanted)]
+said["right"] = [
+    bool((shard.data == np.arange(np.prod(shape)).reshape(shape)[shard.index]).all())
+    for x, shape in zip(made, shapes) for shard in x.addressable_shards
+]
+said["digest"] = digest_of((str(i), x) for i, x in enumerate(made))
+(Path(sys.argv[2]) / f"seen-{me}").write_text("x")
+for name, look in {
+    "other weights": lambda: sharded.load_on(mesh, open_folder(folder if me == 0 else folder / "other"), wanted),
+    "other work": lambda: own_folder(Path(sys.argv[2]) / f"out{me}").__enter__(),
+}.items():
+    try:
+        look()
+    except UserError as error:
+        said[name] = str(error)
+print(json.dumps(said), flush=True)
+leave(0)
+"""
+
+
 def port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -181,7 +240,14 @@ def by_mpirun(number, i):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("started", [by_environment, by_srun, by_mpirun])
+def by_mpirun_5(number, i):
+    return {
+        "PMIX_NAMESPACE": f"prterun-localhost-{number}@1", "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_RANK": str(i), "OMPI_COMM_WORLD_LOCAL_RANK": str(i),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("started", [by_environment, by_srun, by_mpirun, by_mpirun_5])
 def test_two_processes_find_each_other_and_agree(started, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
@@ -192,6 +258,7 @@ def test_two_processes_find_each_other_and_agree(started, tmp_path):
         assert said["process"] == i and said["processes"] == 2 and said["devices"] == 4
         assert said["follows"] == (i == 1)
         assert said["agreed"] == {"of": 0} and said["error"] == "not in 0"
+        assert "process 1 of this job does not have what the first one has: b, c;" in said["odd"]
         assert said["from_first"] == [5.0, 5.0] and said["largest"] == [1, 1, 7]
         assert said["agreements"] == [[0, 0], [0, 0], [0, 0], [0, 1], [0, 0], [0, 0], [15, 0]]
         assert said["asked"] == [1, 2, 3, 5, 6, 7]
@@ -235,6 +302,36 @@ def test_processes_write_and_read_one_checkpoint(damage, tmp_path):
     assert left == {"step-00000001", "damaged-step-00000002" if damage == "damage" else "step-00000002"}
 
 
+def test_processes_read_rows_of_one_model_and_see_the_same(tmp_path):
+    """Arrays that are cut along the last axis are read by rows, where these divide, and exchanged."""
+    shapes = {"up": (2, 8, 4), "odd": (6, 4), "wide": (5, 4)}
+    whole = {name: np.arange(np.prod(shape), dtype=np.float32).reshape(shape) for name, shape in shapes.items()}
+    tensors = {"up0": whole["up"][0], "up1": whole["up"][1], "odd": whole["odd"], "wide": whole["wide"]}
+    for folder, more in ((tmp_path, 0), (tmp_path / "other", 1)):
+        folder.mkdir(exist_ok=True)
+        write_file(
+            folder / "model.safetensors",
+            [Entry(n, x.shape, x.dtype, lambda x=x, more=more: x + more) for n, x in tensors.items()],
+        )
+    for i in range(2):
+        journal = tmp_path / f"out{i}" / "checkpoints"
+        journal.mkdir(parents=True)
+        (journal / "kept.jsonl").write_text(str(i))
+    found = told(READING, by_environment, str(tmp_path), str(tmp_path))
+    for i, said in enumerate(found):
+        assert all(said["placed"]) and all(said["right"])
+        rows = {name: {tuple(own[1]) for own in said["pieces"] if own[0] == name} for name in tensors}
+        assert rows["up0"] == rows["up1"] == {(4 * i, 4 * i + 2), (4 * i + 2, 4 * i + 4)}
+        assert rows["odd"] == {(3 * i, 3 * i + 3)} and rows["wide"] == {(0, 5)}  # five rows are read by columns
+        assert f"process 1 of this job does not have what the first one has: {tmp_path}" in said["other weights"]
+        assert "kept.jsonl" in said["other work"]
+    assert (
+        found[0]["digest"]
+        == found[1]["digest"]
+        == digest_of((str(i), jnp.asarray(x)) for i, x in enumerate(whole.values()))
+    )
+
+
 def test_alone():
     assert not several() and not follows()
     assert agreed(lambda: [1]) == [1] and largest(1, 2) == [1, 2] and fetch({"a": 1}) == {"a": 1}
@@ -257,6 +354,8 @@ def test_alone():
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
         ({"UNLEARNJAX_ALONE": "1", "SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "a"}, None),
         ({EXPLICIT[0]: "a:1", "SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "a"}, "environment"),
+        ({EXPLICIT[0]: "a:1", "OMPI_COMM_WORLD_SIZE": "2"}, "mpirun"),  # -x: all know the address, each its number
+        ({EXPLICIT[0]: "a:1", EXPLICIT[2]: "0", "OMPI_COMM_WORLD_SIZE": "2"}, "environment"),
     ],
 )
 def test_what_started_a_job(environment, by, monkeypatch):
@@ -279,6 +378,43 @@ def test_an_environment_that_is_wrong(count, index, says, monkeypatch):
             monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=says):
         join()
+
+
+@pytest.mark.parametrize(
+    ("called", "address", "finds"),
+    [
+        ("prterun-node-17.cluster-4096000@1", None, "node-17.cluster:61440"),
+        ("1234.0", "first:7000", "first:7000"),
+        ("prterun-node-17@1", "first:7000", "first:7000"),
+    ],
+)
+def test_the_first_host_of_open_mpi_5(called, address, finds, monkeypatch):
+    given = under_open_mpi_5(called, address, monkeypatch)
+    join()
+    assert given == {
+        "coordinator_address": finds, "num_processes": 16, "process_id": 9, "local_device_ids": [1],
+        "cluster_detection_method": "deactivate", "heartbeat_timeout_seconds": HEARTBEAT,
+    }  # fmt: skip
+
+
+def test_a_job_of_open_mpi_whose_name_tells_nothing(monkeypatch):
+    under_open_mpi_5("1234.0", None, monkeypatch)
+    with pytest.raises(UserError, match=r"'1234\.0', does not tell .*-x JAX_COORDINATOR_ADDRESS=HOST"):
+        join()
+
+
+def under_open_mpi_5(called, address, monkeypatch):
+    """What jax would be given."""
+    given = {}
+    own = {"PMIX_NAMESPACE": called, "OMPI_COMM_WORLD_SIZE": "16", "OMPI_COMM_WORLD_RANK": "9"}
+    own |= {"OMPI_COMM_WORLD_LOCAL_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+    for name, value in (own | {EXPLICIT[0]: address} if address else own).items():
+        monkeypatch.setenv(name, value)
+    for name in ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "OMPI_MCA_orte_hnp_uri"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **more: given.update(more))
+    monkeypatch.setattr(jax.config, "update", lambda name, value: None)
+    return given
 
 
 @pytest.mark.parametrize(

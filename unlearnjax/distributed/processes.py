@@ -7,6 +7,7 @@ needed: the command line, and what reads files only, ask whether there are other
 
 import contextlib
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -14,7 +15,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,11 +41,12 @@ def launcher() -> str | None:
     e = os.environ
     if e.get(ALONE):
         return None
-    if EXPLICIT[0] in e:
+    by_mpi = int(e.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
+    if EXPLICIT[0] in e and not (by_mpi and all(name not in e for name in EXPLICIT[1:])):
         return "environment"
     if int(e.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_NODELIST" in e:
         return "srun"
-    if int(e.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+    if by_mpi:
         return "mpirun"
     if "KUBERNETES_SERVICE_HOST" in e and "JOB_COMPLETION_INDEX" in e:
         return "Kubernetes"
@@ -61,6 +63,29 @@ def _has_devices_of_its_own() -> bool:
     alone = re.match(r"1(\D|$)", tasks) is not None  # Slurm writes 1(x4) of four nodes
     seen = e.get("CUDA_VISIBLE_DEVICES", e.get("ROCR_VISIBLE_DEVICES", ""))
     return alone or len([x for x in seen.split(",") if x]) == 1
+
+
+def _by_open_mpi() -> dict[str, Any]:
+    """What jax finds out by itself under Open MPI 4. It does not know 5, which calls the job prterun-HOST-NUMBER@1,
+    HOST being mpirun's.
+
+    Raises:
+      UserError: the job is called otherwise, and JAX_COORDINATOR_ADDRESS not given.
+    """
+    e = os.environ
+    called = e.get("PMIX_NAMESPACE", "")
+    found = re.fullmatch(r"[a-z]+-(?P<host>.+)-(?P<number>\d+)@\d+", called)
+    if EXPLICIT[0] not in e and found is None:
+        raise UserError(
+            f"Open MPI's name of this job, {called!r}, does not tell its first host: start it with "
+            f"mpirun -x {EXPLICIT[0]}=HOST:PORT, where HOST is the one of rank 0"
+        )
+    made_up = f"{found['host']}:{61440 + int(found['number']) % 4096}" if found else ""
+    return {
+        "coordinator_address": e.get(EXPLICIT[0], made_up), "num_processes": int(e["OMPI_COMM_WORLD_SIZE"]),
+        "process_id": int(e["OMPI_COMM_WORLD_RANK"]), "local_device_ids": [int(e["OMPI_COMM_WORLD_LOCAL_RANK"])],
+        "cluster_detection_method": "deactivate",
+    }  # fmt: skip
 
 
 def join() -> None:
@@ -93,8 +118,10 @@ def join() -> None:
             "coordinator_address": os.environ[EXPLICIT[0]], "num_processes": count, "process_id": index,
             "cluster_detection_method": "deactivate",
         }  # fmt: skip
-    elif by in ("srun", "mpirun") and _has_devices_of_its_own():
-        more = {"local_device_ids": []}  # all that it sees; jax would take the one of its number among the host's tasks
+    elif by == "mpirun" and "OMPI_MCA_orte_hnp_uri" not in os.environ:
+        more = _by_open_mpi()
+    if by in ("srun", "mpirun") and _has_devices_of_its_own():
+        more["local_device_ids"] = []  # all that it sees; jax would take the one of its number among the host's tasks
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # CPU programs that overlap would meet in another order in each process, and wait for each other for ever.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
@@ -157,6 +184,35 @@ def largest(*numbers: int) -> list[int]:
     if not several():
         return list(numbers)
     return _read(_everyones_largest(numbers))
+
+
+def require_same(said: Mapping[str, Any]) -> None:
+    """Make sure that all processes say the same: else they would compute one thing of several hosts' different files.
+
+    All must call it at the same place.
+
+    Args:
+      said: plain data by a name for messages.
+
+    Raises:
+      UserError: in every process, with the names of what is not the same.
+    """
+    if not several():
+        return
+    from jax.experimental import multihost_utils
+
+    names = agreed(lambda: list(said))
+    texts = [json.dumps(said.get(name), sort_keys=True) for name in names]
+    own = np.frombuffer(b"".join(hashlib.sha256(text.encode()).digest() for text in texts), np.uint8)
+    others = np.asarray(multihost_utils.process_allgather(own)).reshape(-1, len(names), 32)
+    odd = (others != others[:1]).any(axis=-1)
+    if odd.any():
+        what = ", ".join(name for name, own in zip(names, odd.any(axis=0), strict=True) if own)
+        where = ", ".join(str(i) for i in np.flatnonzero(odd.any(axis=1)))
+        raise UserError(
+            f"process {where} of this job does not have what the first one has: {what}; the files must be the same on "
+            "all hosts"
+        )
 
 
 class Agreement:
@@ -256,9 +312,21 @@ def firsts(path: Path) -> Path:
 
 
 def _not_copied(folder: str, names: list[str]) -> set[str]:
-    """Locks, what is half-written, and checkpoints, which all read where they are."""
+    """Locks, what is half-written, checkpoints, which all read where they are, and what is written anew."""
     kept = shutil.ignore_patterns("lock", ".*.part")(folder, names)
-    return kept | {name for name in names if "step-" in name and Path(folder, name).is_dir()}
+    anew = ("candidates", "merges", "model")
+    return kept | {name for name in names if ("step-" in name or name in anew) and Path(folder, name).is_dir()}
+
+
+def _contents(folder: Path) -> dict[str, str]:
+    """The SHA-256 of what `own_folder` copies of a folder, by its place."""
+    found = {}
+    for place, folders, files in os.walk(folder):
+        left = _not_copied(place, [*folders, *files])
+        folders[:] = [name for name in folders if name not in left]
+        for path in (Path(place, name) for name in files if name not in left):
+            found[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
 
 
 @contextlib.contextmanager
@@ -286,6 +354,8 @@ def own_folder(out: str | Path) -> Iterator[Path]:
         if largest(failed is not None)[0]:
             reason = "another process could not" if failed is None else str(failed)[:200]
             raise UserError(f"{out}: could not be copied to {tempfile.gettempdir()} by every process ({reason})")
+        # A host may see its file system as it was a while ago.
+        require_same({f"{out}/{name}": own for name, own in _contents(place).items()})
         try:
             yield place
         finally:

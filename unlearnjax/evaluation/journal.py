@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from unlearnjax.distributed.processes import require_same
 from unlearnjax.errors import UserError
 from unlearnjax.io.atomic import staged_file
 
@@ -128,9 +129,13 @@ class Journal:
         Args:
           what: names the work and its file.
           more: the rest of the fingerprint.
+
+        Raises:
+          UserError: the job's processes do not have the same fingerprint, or not the same records.
         """
         path = self.folder / f"{re.sub('[^a-z0-9]+', '-', what.lower()).strip('-')}.jsonl"
         fingerprint = json.loads(_text({"format": 1, **self.fingerprint, **more}))  # as it will read back
+        require_same(fingerprint)
         try:
             records = self._read(path, fingerprint)
             if records is None:
@@ -140,7 +145,8 @@ class Journal:
         except (OSError, UserError) as error:
             reason = str(error) if isinstance(error, UserError) else f"{path}: {error.strerror}"
             self.say(f"warning: {reason}; nothing of the {what} is kept for --resume")
-            return Records(None, self.say)
+            records = Records(None, self.say)
+        require_same({f"what {path.name} has kept": digest(sorted(map(list, records.found)))})
         return records
 
     def _read(self, path: Path, fingerprint: Mapping[str, Any]) -> Records | None:

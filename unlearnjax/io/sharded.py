@@ -1,5 +1,8 @@
-"""Model folders onto a mesh: every process reads the bytes of its own devices' shards and no others, in parallel."""
+"""Model folders onto a mesh, in parallel: every process reads its share of the rows, and devices exchange what is cut
+otherwise."""
 
+import functools
+import hashlib
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -7,14 +10,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from unlearnjax.distributed.processes import require_same, several
 from unlearnjax.distributed.rules import sharding
 from unlearnjax.io.safetensors import Checkpoint
 from unlearnjax.models.families import Source
 
 AT_ONCE = 8  # arrays that are read at a time: as many stay in host memory beside their devices
+SAMPLE = 1024  # bytes of each tensor that hosts compare
 
 Index = tuple[slice, ...]
 
@@ -47,6 +52,27 @@ def _shard(checkpoint: Checkpoint, source: Source, index: Index) -> np.ndarray:
     return out
 
 
+def as_read(place: NamedSharding, source: Source) -> NamedSharding:
+    """An array's sharding by rows of its tensors, on as many devices: what lies together in a file. A part of each row
+    would cost as much as the whole, since a disk gives pages. `place` itself where rows do not divide among them."""
+    first = 1 if source.stacked else 0
+    parts = [() if p is None else (p,) if isinstance(p, str) else tuple(p) for p in place.spec]
+    axes = tuple(axis for axis in place.mesh.axis_names if any(axis in own for own in parts[first:]))
+    by = math.prod([place.mesh.shape[axis] for axis in axes])
+    if not any(parts[first + 1 :]) or any(parts[:first]) or source.info.shape[first] % by:
+        return place
+    return NamedSharding(place.mesh, PartitionSpec(*(None,) * first, axes))
+
+
+def _sample(checkpoint: Checkpoint) -> str:
+    """A digest of what the tensors are and of their first bytes: what was trained differently differs there."""
+    found = hashlib.sha256()
+    for name in sorted(checkpoint.files):
+        found.update(f"{name} {checkpoint.dtype(name)} {checkpoint.shape(name)}\n".encode())
+        found.update(checkpoint.read(name).reshape(-1).view(np.uint8)[:SAMPLE].data)
+    return found.hexdigest()
+
+
 def load_on(mesh: Mesh, checkpoint: Checkpoint, wanted: Sequence[Source]) -> list[Array]:
     """The arrays of `wanted`, each laid on the mesh by the rules (`unlearnjax.distributed.rules`).
 
@@ -54,9 +80,14 @@ def load_on(mesh: Mesh, checkpoint: Checkpoint, wanted: Sequence[Source]) -> lis
 
     Args:
       checkpoint: tensors whose names and shapes were checked.
-    """
 
-    def one(source: Source) -> Array:
+    Raises:
+      UserError: the job's processes see different checkpoints.
+    """
+    if several():
+        require_same({str(checkpoint.folder): _sample(checkpoint)})
+
+    def one(source: Source) -> tuple[Array, NamedSharding]:
         read: dict[Any, np.ndarray] = {}
 
         def part(index: Any) -> np.ndarray:
@@ -66,7 +97,14 @@ def load_on(mesh: Mesh, checkpoint: Checkpoint, wanted: Sequence[Source]) -> lis
             return read[key]
 
         place = sharding(mesh, source.info.axes, source.info.shape)
-        return jax.make_array_from_callback(source.info.shape, place, part)
+        read_by = as_read(place, source) if several() else place  # one process reads all of it
+        return jax.make_array_from_callback(source.info.shape, read_by, part), place
 
     with ThreadPoolExecutor(AT_ONCE, "read") as pool:
-        return list(pool.map(one, wanted))
+        # Devices exchange in the order of `wanted`: threads would meet in another one in each process.
+        return [x if x.sharding == place else _moved(place)(x) for x, place in pool.map(one, wanted)]
+
+
+@functools.cache
+def _moved(place: NamedSharding) -> Any:
+    return jax.jit(lambda x: x, out_shardings=place, donate_argnums=0)

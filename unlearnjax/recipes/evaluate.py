@@ -33,7 +33,7 @@ from unlearnjax.recipes.prepare import (
     without_weights,
 )
 from unlearnjax.recipes.progress import bars, say_by_warning
-from unlearnjax.recipes.resume import SCORING, claim, model_fingerprint, weights_sha256
+from unlearnjax.recipes.resume import SCORING, claim, model_fingerprint, weights_digest
 from unlearnjax.recipes.schema import Evaluation
 from unlearnjax.training.interrupt import Stop
 
@@ -110,7 +110,7 @@ def evaluate(
     lm = dataclasses.replace(lm, params=params)
     before = lm if original is None else load_reference(original, lm, dtype, "model before unlearning", mesh)
     reference = None if gold is None else load_reference(gold, lm, dtype, "gold model", mesh)
-    known = {**model_fingerprint(params), "adapter": weights_sha256(stack)}
+    known = {**model_fingerprint(params), "adapter": weights_digest(stack)}
     journal = Journal(out / SCORING.meanwhile, known, say or say_by_warning)
     journal.folder.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(journal.folder)
@@ -134,7 +134,7 @@ def evaluate(
             models, folders = [{"name": "model", "scores": scores}], {"model": out}
             if reference is not None:
                 its = reference.params
-                own = journal.within("gold", gold=weights_sha256(its))
+                own = journal.within("gold", gold=weights_digest(its))
                 groups.insert(0, Group(lambda: its, None, ["gold"], ["gold"], own))
                 folders["gold"] = out / "gold"
                 with bars(progress, "evaluating gold", stop) as bar:

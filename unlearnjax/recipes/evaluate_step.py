@@ -23,7 +23,7 @@ from unlearnjax.models.language_model import LanguageModel
 from unlearnjax.recipes.merge_step import Merged
 from unlearnjax.recipes.prepare import Data
 from unlearnjax.recipes.progress import bars, stage
-from unlearnjax.recipes.resume import weights_sha256
+from unlearnjax.recipes.resume import weights_digest
 from unlearnjax.recipes.schema import Evaluation
 from unlearnjax.training.interrupt import Stop
 
@@ -132,7 +132,7 @@ def evaluate_all(
     warnings: list[tuple[str, str]] = []
 
     def kept(name: str, changes: PyTree[Array] | None, **more: Any) -> Journal | None:
-        return None if journal is None else journal.within(name, adapters=weights_sha256(changes), **more)
+        return None if journal is None else journal.within(name, adapters=weights_digest(changes), **more)
 
     names, kinds = ["base", *(name for name, _, _ in adapters)], ["base", *(kind for _, kind, _ in adapters)]
     groups = [Group(lambda: model.params, stack, names, kinds, kept("base", stack))]

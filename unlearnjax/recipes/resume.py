@@ -1,6 +1,5 @@
 """Going on with work that was killed: which folder may be gone on with, and what must be the same for it."""
 
-import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +15,8 @@ import unlearnjax
 from unlearnjax.data.rows import fingerprint as rows_fingerprint
 from unlearnjax.data.schedule import Schedule
 from unlearnjax.data.tokens import Tokens
-from unlearnjax.distributed.processes import agreed, fetch
+from unlearnjax.distributed.digest import digest_of
+from unlearnjax.distributed.processes import agreed, require_same
 from unlearnjax.errors import UserError
 from unlearnjax.io.atomic import remove_left_overs, require_free
 from unlearnjax.recipes.describe import describe_hardware
@@ -92,7 +92,7 @@ def clear(out: Path) -> None:
 def run_fingerprint(
     recipe: Mapping[str, Any], data: Data, groups: Sequence[Prepared], model: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Everything that a run's candidates depend on, bit for bit, as plain data; arrays are given by their SHA-256. How
+    """Everything that a run's candidates depend on, bit for bit, as plain data; arrays are given by digests. How
     they are merged and evaluated may change while a run goes on: journals of evaluation know what they are of.
 
     Args:
@@ -102,8 +102,8 @@ def run_fingerprint(
         "recipe": {key: own for key, own in recipe.items() if key not in AFTERWARDS},
         "data": {name: rows_fingerprint(items) for name, items in data._asdict().items() if items is not None},
         **model,
-        "tokens": [{side: _sha256(_arrays(tokens)) for side, tokens in g.sides.items()} for g in groups],
-        "schedule": [_schedule_sha256(g.schedule) for g in groups],
+        "tokens": [{side: digest_of(_arrays(tokens)) for side, tokens in g.sides.items()} for g in groups],
+        "schedule": [_schedule_digest(g.schedule) for g in groups],
         "layers": [[list(own) for own in g.group.layers] for g in groups],
     }
 
@@ -111,9 +111,13 @@ def run_fingerprint(
 def model_fingerprint(params: PyTree) -> dict[str, Any]:
     """What a model's outputs depend on beside its input, bit for bit: its weights, and what computes."""
     device = jax.devices()[0]
-    made = {
-        "base weights": weights_sha256(params),
+    same = {
+        "base weights": weights_digest(params),
         "packages": {"unlearnjax": unlearnjax.__version__, **{name: version(name) for name in PACKAGES}},
+    }
+    require_same(same)
+    made = {
+        **same,
         "device": {
             **{k: v for k, v in describe_hardware().items() if k in ("platform", "device", "device_count")},
             "processor": _processor(),
@@ -127,27 +131,16 @@ def model_fingerprint(params: PyTree) -> dict[str, Any]:
     return agreed(lambda: made)  # hosts of one job may have different processors
 
 
-def weights_sha256(tree: PyTree) -> str:
+def weights_digest(tree: PyTree) -> str:
     """Of all leaves of a pytree with their names, dtypes and shapes."""
-    return _sha256(leaf_names(tree).items())
+    return digest_of(leaf_names(tree).items())
 
 
 def _arrays(tokens: Tokens) -> Iterable[tuple[str, Any]]:
     return ((name, x) for name, x in tokens._asdict().items() if x is not None)
 
 
-def _sha256(arrays: Iterable[tuple[str, Any]]) -> str:
-    """Of arrays with their names, dtypes and shapes."""
-    digest = hashlib.sha256()
-    for name, leaf in arrays:
-        host = np.ascontiguousarray(fetch(leaf))
-        digest.update(f"{name} {host.dtype} {host.shape}\n".encode())
-        if host.size:
-            digest.update(host.view(np.uint8).data)
-    return digest.hexdigest()
-
-
-def _schedule_sha256(schedule: Schedule) -> str:
+def _schedule_digest(schedule: Schedule) -> str:
     def arrays() -> Iterable[tuple[str, Any]]:
         for step in schedule.steps:
             yield "shape", np.asarray([step.width, step.answers, step.epoch])
@@ -156,7 +149,7 @@ def _schedule_sha256(schedule: Schedule) -> str:
             more = (("share", step.share), ("restart", step.restart), ("epochs", step.epochs))
             yield from ((name, array) for name, array in more if array is not None)
 
-    return _sha256(arrays())
+    return digest_of(arrays())
 
 
 def _processor() -> str:

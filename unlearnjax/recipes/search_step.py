@@ -23,7 +23,7 @@ from unlearnjax.models.language_model import LanguageModel
 from unlearnjax.recipes.merge_step import Found, Merged, Trial, at_scale, delta_of
 from unlearnjax.recipes.prepare import Data
 from unlearnjax.recipes.progress import bars
-from unlearnjax.recipes.resume import weights_sha256
+from unlearnjax.recipes.resume import weights_digest
 from unlearnjax.recipes.schema import Recipe
 from unlearnjax.report.scores import known
 from unlearnjax.training.interrupt import Stop
@@ -97,7 +97,7 @@ class Searcher:
         wanted, scales = option.merge, self.recipe.search.scales
         journal = None
         if self.journal is not None:
-            delta = weights_sha256(delta_of(option))
+            delta = weights_digest(delta_of(option))
             journal = self.journal.within("search").within(wanted.name).within(str(place), delta=delta)
         label = f"{wanted.name} {place + 1}" if place else wanted.name
         with bars(self.progress, "searching", self.stop) as bar:

@@ -18,7 +18,7 @@ from unlearnjax.merging.geometry import gram, lengths, turning_angles
 from unlearnjax.models.language_model import LanguageModel
 from unlearnjax.recipes.prepare import Data
 from unlearnjax.recipes.progress import bars
-from unlearnjax.recipes.resume import weights_sha256
+from unlearnjax.recipes.resume import weights_digest
 from unlearnjax.recipes.schema import Evaluation
 from unlearnjax.training.interrupt import Stop
 from unlearnjax.training.waypoints import Waypoint, read_waypoint
@@ -89,7 +89,7 @@ def trajectories(
     waypoints: list[Waypoint] = [read_waypoint(folder, step, like) for step in steps]
 
     def scores(name: str, stack: PyTree[Array] | None) -> list[dict[str, Any]]:
-        kept = None if journal is None else journal.within(f"waypoint-{name}", adapters=weights_sha256(stack))
+        kept = None if journal is None else journal.within(f"waypoint-{name}", adapters=weights_digest(stack))
         with bars(progress, f"waypoint {name}", stop) as bar:
             return evaluate_candidates(
                 model.model, model.params, stack, model.require_tokenizer(), forget, retain, progress=bar, journal=kept,

@@ -18,7 +18,7 @@ from typing import Any
 
 from jaxtyping import PyTree
 
-from unlearnjax.distributed.processes import agreed, firsts, follows, largest, meetings
+from unlearnjax.distributed.processes import agreed, firsts, follows, largest, meetings, require_same
 from unlearnjax.errors import UserError
 from unlearnjax.io.atomic import remove_left_overs, staged_file
 from unlearnjax.io.fingerprint import difference
@@ -193,9 +193,11 @@ def open_keeper(
     """Take hold of a run's folder of checkpoints, making it if need be.
 
     Raises:
-      UserError: another process works there, or the folder belongs to another run (the message names what differs).
+      UserError: another process works there, the folder belongs to another run (the message names what differs), or the
+        job's processes do not have the same fingerprint.
     """
     fingerprint = json.loads(canonical(fingerprint))  # as it will read back
+    require_same(fingerprint)
     folder = firsts(folder)
     locks: list[int] = []
 

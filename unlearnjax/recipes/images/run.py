@@ -30,7 +30,7 @@ from unlearnjax.recipes.images.searched import Searched
 from unlearnjax.recipes.images.select import Judge, Scores, choose, gap
 from unlearnjax.recipes.images.store import Store
 from unlearnjax.recipes.images.subjects import Subjects, load_subjects
-from unlearnjax.recipes.resume import CHECKPOINTS, claim, weights_sha256
+from unlearnjax.recipes.resume import CHECKPOINTS, claim, weights_digest
 from unlearnjax.report.images import render_images_html, write_images_report
 from unlearnjax.training.images.fine_tune import default_mapping, fine_tune
 from unlearnjax.training.interrupt import Interrupted, Stop
@@ -104,7 +104,7 @@ class _Job:
         return {
             "training": {k: v for k, v in plain["training"].items() if k != "group"},
             "data": self.described["train"], "retain": self.described["retain"],
-            "model": weights_sha256([self.subject.trained, self.subject.fixed]), "unlearnjax": unlearnjax.__version__,
+            "model": weights_digest([self.subject.trained, self.subject.fixed]), "unlearnjax": unlearnjax.__version__,
         }  # fmt: skip
 
     def begin(self) -> None:

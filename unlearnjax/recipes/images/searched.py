@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 from unlearnjax.evaluation.journal import digest
 from unlearnjax.io.atomic import staged_file
 from unlearnjax.recipes.images.select import Scores
-from unlearnjax.recipes.resume import weights_sha256
+from unlearnjax.recipes.resume import weights_digest
 
 
 class Searched:
@@ -41,7 +41,7 @@ class Searched:
 
     def points(self, delta: PyTree[Any], measure: Callable[[], list[Scores]]) -> list[Scores]:
         """The scores of all lambdas of a direction: from the disk, or measured and kept."""
-        path = self.folder / f"{digest({**self.known, 'direction': weights_sha256(delta)})}.json"
+        path = self.folder / f"{digest({**self.known, 'direction': weights_digest(delta)})}.json"
         if path.is_file():
             found = [Scores(**one) for one in json.loads(path.read_text("utf-8"))]
         else:
