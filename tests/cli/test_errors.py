@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import pytest
 
 from unlearnjax import save_model
+from unlearnjax.cli import commands
+from unlearnjax.cli import main as module
 from unlearnjax.cli.main import main
 from unlearnjax.data.bpe import train_tokenizer
 from unlearnjax.models.abstract import init_params
@@ -437,3 +439,36 @@ def test_one_line_in_a_process_of_its_own(job):
     assert found.returncode == 2 and found.stdout == ""
     assert re.fullmatch(r"unlearnjax: error: [^\n]+\n", found.stderr), found.stderr
     assert listing(job.folder) == before
+
+
+def test_too_little_memory_is_told_and_is_no_lost_process(capsys, monkeypatch):
+    def too_large(argv):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes")
+
+    left = []
+    monkeypatch.setattr(module, "_main", too_large)
+    monkeypatch.setattr(module, "leave", left.append)
+    for several in (False, True):
+        monkeypatch.setattr(module, "several", lambda several=several: several)
+        assert main(["run"]) == 1
+        said = capsys.readouterr().err
+        assert "memory does not suffice" in said and "candidates_at_once" in said and "allocating 7" in said
+    assert left == [1]
+
+
+@pytest.mark.parametrize(("command", "refused"), [("merge", True), ("score", False)])
+def test_commands_of_one_process_that_srun_started_several_times(command, refused, capsys, monkeypatch):
+    for name, value in {"SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "a[1-2]"}.items():
+        monkeypatch.setenv(name, value)
+    assert main([command, "nothing"]) == 2
+    said = capsys.readouterr().err
+    assert ("is a command of one process, and srun started several; where each" in said) == refused
+
+
+def test_the_base_is_bfloat16_but_on_cpus(monkeypatch):
+    asked = module.parser().parse_args(["evaluate", "--model", "m", "--forget", "f", "--retain", "r", "--out", "o"])
+    assert commands.dtype_of(asked) == "float32"
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert commands.dtype_of(asked) == "bfloat16"
+    asked.dtype = "float16"
+    assert commands.dtype_of(asked) == "float16"

@@ -44,6 +44,7 @@ def test_by_default_the_base_is_cut_no_finer_than_it_must_be():
     assert sizes(8, 4, 14 * gib, 16 * gib) == (2, 1, 4, 1)
     assert sizes(8, 3, 2 * gib, None) == (1, 8, 1, 1)
     assert sizes(8, 3, 2 * gib, None, 4) == (1, 4, 1, 2)  # what rows do not divide among, heads do
+    assert sizes(256, 8, 14 * gib, 16 * gib, 8) == (8, 2, 4, 4)  # fsdp cuts rows too
     assert sizes(4, 8, 999 * gib, 16 * gib) == (1, 1, 4, 1)
 
 

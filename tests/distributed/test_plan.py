@@ -1,6 +1,7 @@
 """Plans: compiled for TPUs that are not here, counted against the closed form, and what the command says."""
 
 import json
+import math
 
 import jax
 import pytest
@@ -9,11 +10,11 @@ from tests.kernels.base import v5e
 from unlearnjax.cli.main import main
 from unlearnjax.distributed import plan
 from unlearnjax.distributed.costs import Costs
-from unlearnjax.distributed.estimate import estimate, meshes, most_candidates, step_flops
+from unlearnjax.distributed.estimate import estimate, fastest, meshes, most_candidates, step_flops
 from unlearnjax.distributed.mesh import make_mesh
 from unlearnjax.distributed.plan import Compiled, Plan, Tried, compile_program, make_plan, plan_as_plain, render
 from unlearnjax.distributed.programs import Workload, training_step
-from unlearnjax.distributed.topology import CHIPS, parse_topology, tpu_devices
+from unlearnjax.distributed.topology import CHIPS, chip_of, parse_topology, tpu_devices
 from unlearnjax.errors import UserError
 from unlearnjax.models.abstract import weight_bytes
 from unlearnjax.models.config import ModelConfig, replace
@@ -136,6 +137,32 @@ def test_as_many_candidates_as_a_device_holds():
         assert held(most, sizes) <= 0.9 * chip.memory < held(most + apart, sizes)
     assert most_candidates(OLMO_7B, many, {"fsdp": 8}, 1.0) == 1
     assert most_candidates(OLMO_7B, many, {"fsdp": 8}, 1e15) == 64
+
+
+def test_a_run_and_a_plan_choose_the_same_mesh():
+    """By default, of devices that say what they are; where not all candidates fit, the best of fewer."""
+    chip = chip_of("TPU v5 lite", 256, 16 * 2**30)
+    assert chip == CHIPS["v5e"]
+    work = Workload(8)
+    best = fastest(OLMO_7B, [work], 256, chip)
+    assert best == meshes(OLMO_7B, work, 256, chip)[0]
+    assert estimate(OLMO_7B, work, best, chip).seconds < 0.1 * estimate(OLMO_7B, work, {"candidate": 8}, chip).seconds
+    most = fastest(OLMO_7B, [Workload(4096)], 8, chip)
+    assert 1 < most_candidates(OLMO_7B, Workload(4096), most, chip.memory) < 4096
+    # Groups train one after another: one axis of candidates must suit all.
+    for sizes in (fastest(OLMO_7B, [Workload(7), Workload(1)], 8, chip), fastest(OLMO_7B, [Workload(1)], 8, chip)):
+        assert sizes["candidate"] == 1 and math.prod(sizes.values()) == 8
+
+
+def test_a_device_says_what_it_is():
+    kinds = {
+        "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v5e": "v5e", "TPU v6 lite": "v6e", "TPU v6e": "v6e",
+        "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA A100-SXM4-40GB": "a100", "something": "a100",
+    }  # fmt: skip
+    assert {kind: chip_of(kind, 8, 7)._replace(memory=0) for kind in kinds} == {
+        kind: CHIPS[name]._replace(memory=0) for kind, name in kinds.items()
+    }
+    assert chip_of("NVIDIA H100 80GB HBM3", 64, 7).link == 50e9 and chip_of("TPU v6e", 64, 7).memory == 7
 
 
 def test_of_meshes_that_do_not_fit_the_nearest_to_it_comes_first():

@@ -1,5 +1,6 @@
 """Processes of one machine become one job, however they were started, and say the same."""
 
+import importlib.util
 import json
 import os
 import socket
@@ -400,6 +401,14 @@ def test_the_first_host_of_open_mpi_5(called, address, finds, monkeypatch):
 def test_a_job_of_open_mpi_whose_name_tells_nothing(monkeypatch):
     under_open_mpi_5("1234.0", None, monkeypatch)
     with pytest.raises(UserError, match=r"'1234\.0', does not tell .*-x JAX_COORDINATOR_ADDRESS=HOST"):
+        join()
+
+
+def test_kubernetes_without_its_client(monkeypatch):
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install \"jax\[k8s\]\"; .* UNLEARNJAX_ALONE=1"):
         join()
 
 

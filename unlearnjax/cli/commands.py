@@ -74,7 +74,7 @@ def _show(report: dict[str, Any], out: Path) -> None:
 
 
 IMAGE_OPTIONS = ("data", "test", "forget_test", "validation", "resize")
-TEXT_OPTIONS = ("retain", "members", "nonmembers", "probe", "mmlu_data", "evaluate", "mesh")
+TEXT_OPTIONS = ("retain", "members", "nonmembers", "probe", "mmlu_data", "evaluate", "mesh", "dtype")
 
 
 def run(a: argparse.Namespace) -> None:
@@ -93,9 +93,9 @@ def run(a: argparse.Namespace) -> None:
         raise UserError("the following arguments are required: --retain (see unlearnjax run --help)")
     recipe = with_suite(load_recipe(a.recipe), a.evaluate)
     report = run(
-        a.model, _sources(a), a.out, recipe, gold=a.gold, mmlu_data=a.mmlu_data, mmlu_shots=a.mmlu_shots, dtype=a.dtype,
-        command=a.command_line, progress=not a.quiet, resume=a.resume, checkpoint_every=a.checkpoint_every,
-        stop=a.stop, say=say, mesh=mesh_sizes(a),
+        a.model, _sources(a), a.out, recipe, gold=a.gold, mmlu_data=a.mmlu_data, mmlu_shots=a.mmlu_shots,
+        dtype=dtype_of(a), command=a.command_line, progress=not a.quiet, resume=a.resume,
+        checkpoint_every=a.checkpoint_every, stop=a.stop, say=say, mesh=mesh_sizes(a),
     )  # fmt: skip
     _show(report, Path(a.out))
 
@@ -108,7 +108,15 @@ def _refuse(a: argparse.Namespace, options: Sequence[str], why: str) -> None:
             raise UserError(f"--{name.replace('_', '-')} {why}")
 
 
+def dtype_of(a: argparse.Namespace) -> str:
+    """Of the base weights: what is asked for, else what the machine is made for."""
+    import jax
+
+    return a.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+
 def _run_images(a: argparse.Namespace) -> None:
+    from unlearnjax.distributed.processes import APART, several
     from unlearnjax.errors import UserError
     from unlearnjax.recipes.images.data import ImageSources
     from unlearnjax.recipes.images.run import run_images
@@ -116,6 +124,8 @@ def _run_images(a: argparse.Namespace) -> None:
     from unlearnjax.report.images import render_images_markdown
 
     _refuse(a, TEXT_OPTIONS, "is for language models, and this is an image model")
+    if several():
+        raise UserError(f"a run of image models is one process, and this job has several; {APART}")
     if a.data is None or a.test is None:
         raise UserError("an image model needs --data and --test (see unlearnjax run --help)")
     recipe = load_image_recipe(a.recipe, a.model)
@@ -155,7 +165,7 @@ def evaluate(a: argparse.Namespace) -> None:
 
     scores = evaluate(
         a.model, _sources(a), a.out, adapter=a.adapter, mmlu_file=a.mmlu, mmlu_data=a.mmlu_data,
-        mmlu_shots=a.mmlu_shots, suite=a.evaluate or "official", original=a.original, gold=a.gold, dtype=a.dtype,
+        mmlu_shots=a.mmlu_shots, suite=a.evaluate or "official", original=a.original, gold=a.gold, dtype=dtype_of(a),
         max_new_tokens=a.max_new_tokens, batch_size=a.batch_size, progress=not a.quiet, warn=_warn, resume=a.resume,
         stop=a.stop, say=say, mesh=mesh_sizes(a),
     )  # fmt: skip

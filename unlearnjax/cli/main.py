@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from unlearnjax.cli import bench, commands, merge, plan, trace
 from unlearnjax.cli.huge_pages import restart_with_huge_pages
-from unlearnjax.distributed.processes import follows, join, leave, own_folder, several
+from unlearnjax.distributed.processes import APART, follows, join, launcher, leave, own_folder, several
 from unlearnjax.errors import UserError, nearest
 from unlearnjax.training.interrupt import Stop, catch_signals
 
@@ -33,6 +33,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 SHARED = ("run", "demo", "evaluate", "trace")  # commands that several processes run as one job
+TOLD = ("environment", "srun", "mpirun", "Kubernetes")  # launchers that start several processes, for certain
 LOST = 75  # exit status; EX_TEMPFAIL of sysexits.h
 
 
@@ -59,7 +60,8 @@ def parser() -> argparse.ArgumentParser:
         )
         p.add_argument("--nonmembers", metavar="X", help="like documents the model never saw")
         p.add_argument("--probe", metavar="P", help="general-knowledge questions (columns input, output)")
-        p.add_argument("--dtype", default="float32", help="of the base weights: float32, bfloat16 or float16")
+        text = "of the base weights: float32 (default on CPUs), bfloat16 (default elsewhere) or float16"
+        p.add_argument("--dtype", metavar="D", help=text)
 
     def mesh(p: argparse.ArgumentParser) -> None:
         p.add_argument(
@@ -167,7 +169,7 @@ def _share(arguments: argparse.Namespace, stack: contextlib.ExitStack) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM, 141 where
-    nobody reads its output any more, 75 where the job's other processes are lost.
+    nobody reads its output any more, 75 where the job's other processes are lost, 1 where memory did not suffice.
 
     Either signal stops training and evaluation in order: with what was done saved. A second one ends the process at
     once.
@@ -175,12 +177,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = _main(argv)
     except Exception as error:
-        if not several():
+        if _out_of_memory(error):
+            status = 1
+        elif several():
+            status = _alone(error)
+        else:
             raise
-        status = _alone(error)
     if several():
         leave(status)
     return status
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether it is that devices have too little memory; then it is told."""
+    from jax.errors import JaxRuntimeError
+
+    if not isinstance(error, JaxRuntimeError) or "RESOURCE_EXHAUSTED" not in str(error):
+        return False
+    reason = " ".join(str(error).split())[:300]
+    print(
+        "unlearnjax: error: a device's memory does not suffice; what was saved is kept, and smaller parts may do: "
+        "fewer candidates at once (a recipe's training: {candidates_at_once: ..., tokens_at_once: ...}), smaller "
+        f"batches, --dtype bfloat16, or a --mesh with more devices along fsdp or tensor ({reason})",
+        file=sys.stderr,
+    )
+    return True
 
 
 def _alone(error: Exception) -> int:
@@ -220,6 +241,8 @@ def _main(argv: Sequence[str] | None) -> int:
             with contextlib.ExitStack() as stack:
                 if arguments.command in SHARED:
                     _share(arguments, stack)
+                elif arguments.command == "merge" and launcher() in TOLD:
+                    raise UserError(f"merge: is a command of one process, and {launcher()} started several; {APART}")
                 stack.enter_context(catch_signals(arguments.stop, commands.say))
                 arguments.run(arguments)
             sys.stdout.flush()

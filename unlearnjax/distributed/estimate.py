@@ -14,7 +14,7 @@ of one candidate's step on both sides, W tokens of a row, L layers. Products of 
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from unlearnjax.distributed.mesh import CANDIDATE, DATA, FSDP, TENSOR
@@ -92,21 +92,38 @@ def most_candidates(config: ModelConfig, w: Workload, sizes: Mapping[str, int], 
     return max((n for n in wanted if held[n] <= 0.9 * memory), default=1)
 
 
-def meshes(config: ModelConfig, w: Workload, devices: int, chip: Chip) -> list[dict[str, int]]:
+def meshes(config: ModelConfig, work: Workload | Sequence[Workload], devices: int, chip: Chip) -> list[dict[str, int]]:
     """Meshes of so many devices, the one that should be fastest first; those that cannot fit come last, the one that
-    is nearest to it first."""
+    is nearest to it first.
+
+    Args:
+      work: of several, which are done one after another, the sum of their times counts, and the largest must fit.
+    """
+    works = [work] if isinstance(work, Workload) else work
     divisors = [d for d in range(1, devices + 1) if devices % d == 0]
     found = []
     for tensor, fsdp in itertools.product(divisors, divisors):
         if devices % (tensor * fsdp) or config.kv_heads % tensor or config.intermediate_size % tensor:
             continue
         rest = devices // (tensor * fsdp)
-        for apart in [d for d in divisors if rest % d == 0 and w.candidates % d == 0]:
+        for apart in [d for d in divisors if rest % d == 0 and any(w.candidates % d == 0 for w in works)]:
             found.append({CANDIDATE: apart, DATA: rest // apart, FSDP: fsdp, TENSOR: tensor})
 
     def order(sizes: Mapping[str, int]) -> tuple[bool, float, int, float]:
-        own = estimate(config, w, sizes, chip)
-        large = own.held > 0.9 * chip.memory
-        return large, own.held if large else own.seconds, sizes[TENSOR], own.held
+        own = [estimate(config, w, sizes, chip) for w in works]
+        held = max(one.held for one in own)
+        large = held > 0.9 * chip.memory
+        return large, held if large else sum(one.seconds for one in own), sizes[TENSOR], held
 
     return sorted(found, key=order)
+
+
+def fastest(config: ModelConfig, works: Sequence[Workload], devices: int, chip: Chip) -> dict[str, int]:
+    """The first of `meshes`; where none fits, of half as many candidates at once, and so on."""
+    while True:
+        best = meshes(config, works, devices, chip)[0]
+        if max(estimate(config, w, best, chip).held for w in works) <= 0.9 * chip.memory:
+            return best
+        if max(w.candidates for w in works) == 1:
+            return best
+        works = [w._replace(candidates=math.ceil(w.candidates / 2)) for w in works]

@@ -1,7 +1,7 @@
 """The mesh: which devices share what. Candidates, rows of a batch, and the base weights in two ways."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -93,7 +93,7 @@ def default_sizes(
         fsdp = fsdp if fits else next(d for d in range(fsdp + 1, devices + 1) if devices % d == 0)
     rest = devices // fsdp
     apart = math.gcd(rest, candidates)
-    data = math.gcd(rest // apart, rows)
+    data = math.gcd(rest // apart, rows // math.gcd(rows, fsdp))  # fsdp cuts rows too
     return {CANDIDATE: apart, DATA: data, FSDP: fsdp, TENSOR: rest // apart // data}
 
 
@@ -106,13 +106,18 @@ def device_memory() -> int | None:
 
 
 def choose_mesh(
-    sizes: Mapping[str, int] | Mesh | None, candidates: int, weight_bytes: int, rows: int = 0
+    sizes: Mapping[str, int] | Mesh | None,
+    candidates: int,
+    weight_bytes: int,
+    rows: int = 0,
+    best: Callable[[int, int], Mapping[str, int]] | None = None,
 ) -> Mesh | None:
     """The mesh of a job, or None where it runs on one device.
 
     Args:
       sizes: by axis; a mesh, which is taken as it is; or None for `default_sizes` of all devices, but one device where
         they are a single process's CPU devices: these share the same cores.
+      best: gives the default sizes instead, of the number of devices and the bytes of each, where that is known.
 
     Raises:
       UserError: see `make_mesh`.
@@ -122,7 +127,11 @@ def choose_mesh(
     if sizes is None:
         if jax.default_backend() == "cpu" and jax.process_count() == 1:
             return None
-        sizes = default_sizes(jax.device_count(), candidates, weight_bytes, device_memory(), rows)
+        memory = device_memory()
+        if best is not None and memory is not None:
+            sizes = best(jax.device_count(), memory)
+        else:
+            sizes = default_sizes(jax.device_count(), candidates, weight_bytes, memory, rows)
     mesh = make_mesh(sizes)
     return mesh if mesh.size > 1 else None
 

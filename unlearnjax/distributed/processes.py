@@ -8,6 +8,7 @@ needed: the command line, and what reads files only, ask whether there are other
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import os
@@ -88,6 +89,9 @@ def _by_open_mpi() -> dict[str, Any]:
     }  # fmt: skip
 
 
+APART = f"where each process is to work alone, set {ALONE}=1"
+
+
 def join() -> None:
     """Join the job's other processes, where there are any; before anything touches a device.
 
@@ -122,6 +126,8 @@ def join() -> None:
         more = _by_open_mpi()
     if by in ("srun", "mpirun") and _has_devices_of_its_own():
         more["local_device_ids"] = []  # all that it sees; jax would take the one of its number among the host's tasks
+    if by == "Kubernetes" and importlib.util.find_spec("kubernetes") is None:
+        raise UserError(f'in an indexed job of Kubernetes this needs its client: pip install "jax[k8s]"; {APART}')
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # CPU programs that overlap would meet in another order in each process, and wait for each other for ever.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
@@ -131,7 +137,8 @@ def join() -> None:
         if by == "TPU slice" and isinstance(error, ValueError) and "TPU_WORKER_HOSTNAMES" not in os.environ:
             return  # a device that looks like a TPU, and nothing that tells of other hosts
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"started by {by}: the job's other processes cannot be reached ({reason})") from None
+        said = f"started by {by}: the job's other processes cannot be reached ({reason}); {APART}"
+        raise UserError(said) from None
 
 
 def several() -> bool:
@@ -201,8 +208,8 @@ def require_same(said: Mapping[str, Any]) -> None:
         return
     from jax.experimental import multihost_utils
 
-    names = agreed(lambda: list(said))
-    texts = [json.dumps(said.get(name), sort_keys=True) for name in names]
+    names = [*agreed(lambda: list(said)), "the same list of these"]
+    texts = [json.dumps(own, sort_keys=True) for own in (*map(said.get, names[:-1]), sorted(said))]
     own = np.frombuffer(b"".join(hashlib.sha256(text.encode()).digest() for text in texts), np.uint8)
     others = np.asarray(multihost_utils.process_allgather(own)).reshape(-1, len(names), 32)
     odd = (others != others[:1]).any(axis=-1)

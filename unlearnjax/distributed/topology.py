@@ -32,11 +32,25 @@ CHIPS = {
     "h200": Chip(989e12, 141e9, 4800e9, 450e9, tpu=False),
 }
 NODE = 8  # GPUs that NVLink joins
+NETWORK = 400e9 / 8  # bytes per second and GPU between machines, as DGX H100 has it (InfiniBand NDR)
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _DEEP = {
     4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8",
 }  # fmt: skip
 _CORES = ("v5p",)  # whose slices are named by the number of cores, two to a chip
+
+
+def chip_of(kind: str, devices: int, memory: int) -> Chip:
+    """The chip that a device says it is (`jax.Device.device_kind`), with as much memory as it has; an A100 where that
+    is not known.
+
+    Args:
+      devices: of the job. More GPUs than NVLink joins send as fast as the network between machines lets them.
+    """
+    said = kind.lower().replace("lite", "e").replace(" ", "")
+    found = next((name for name in CHIPS if name in said), "v5p" if "tpuv5" in said else "a100")
+    chip = CHIPS[found]._replace(memory=float(memory))
+    return chip if chip.tpu or devices <= NODE else chip._replace(link=NETWORK)
 
 
 class Topology(NamedTuple):

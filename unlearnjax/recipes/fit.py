@@ -1,12 +1,16 @@
-"""How many candidates train together where not all of them fit."""
+"""Which mesh suits a recipe's candidates, and how many of them train together where not all of them fit."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
+import jax
 from jax.sharding import Mesh
 
-from unlearnjax.distributed.estimate import most_candidates
-from unlearnjax.distributed.mesh import device_memory
+from unlearnjax.distributed.estimate import fastest, most_candidates
+from unlearnjax.distributed.mesh import choose_mesh, device_memory
 from unlearnjax.distributed.programs import Workload
+from unlearnjax.distributed.topology import chip_of
+from unlearnjax.models.abstract import weight_bytes
 from unlearnjax.models.config import ModelConfig
 from unlearnjax.recipes.prepare import Prepared
 from unlearnjax.recipes.schema import Recipe
@@ -28,17 +32,52 @@ def candidates_at_once(
         return None
     sizes = {} if mesh is None else dict(mesh.shape)
     found = []
+    for work in workloads(recipe, groups, dtype, models):
+        most = most_candidates(config, work, sizes, memory)
+        if most < work.candidates:
+            found.append(most)
+    return min(found, default=None)
+
+
+def workloads(recipe: Recipe, groups: Sequence[Prepared], dtype: str, models: int) -> list[Workload]:
+    """Of each group of LoRAs, which train together."""
+    found = []
     for prepared in groups:
         if prepared.group.kind.adapter != "lora":
             continue
         own = [recipe.candidates[i] for i in prepared.group.places]
-        work = Workload(
+        found.append(Workload(
             len(own), max(c.micro_batch for c in own), max(step.width for step in prepared.schedule.steps),
             max(c.rank for c in own), tuple(t.name for t in prepared.objective.terms), dtype,
             max(int(side.length.sum()) for side in prepared.sides.values()),
             copies=4 + (recipe.training.keep_best is not None), models=models,
-        )  # fmt: skip
-        most = most_candidates(config, work, sizes, memory)
-        if most < len(own):
-            found.append(most)
-    return min(found, default=None)
+        ))  # fmt: skip
+    return found
+
+
+def mesh_for(
+    sizes: Mapping[str, int] | Mesh | None,
+    recipe: Recipe,
+    groups: Sequence[Prepared],
+    config: ModelConfig,
+    dtype: str,
+    models: int,
+) -> Mesh | None:
+    """`choose_mesh`, by default the one that the closed form calls fastest for these groups, as `plan` does; where all
+    train the model's own weights, of which that knows nothing, by sizes alone.
+
+    Args:
+      models: see `candidates_at_once`.
+
+    Raises:
+      UserError: see `choose_mesh`.
+    """
+    works = workloads(recipe, groups, dtype, models)
+    rows = min(len(g.objective.sides) * recipe.candidates[i].micro_batch for g in groups for i in g.group.places)
+
+    def best(devices: int, memory: int) -> Mapping[str, int]:
+        return fastest(config, works, devices, chip_of(jax.devices()[0].device_kind, devices, memory))
+
+    together = math.gcd(*(len(g.group.places) for g in groups))
+    weights = models * weight_bytes(config, dtype)
+    return choose_mesh(sizes, together, weights, rows, best if works else None)

@@ -12,14 +12,13 @@ from jax.sharding import Mesh
 
 import unlearnjax
 from unlearnjax.adapters.lora import lora_weights, scaled
-from unlearnjax.distributed.mesh import choose_mesh, describe_sizes, mesh_of
+from unlearnjax.distributed.mesh import describe_sizes, mesh_of
 from unlearnjax.distributed.rules import idle
 from unlearnjax.errors import UserError
 from unlearnjax.evaluation.journal import Journal
 from unlearnjax.evaluation.mmlu import SHOTS, Prompts
 from unlearnjax.io.atomic import staged_file
 from unlearnjax.io.huggingface import check_dtype, load_params, resolve
-from unlearnjax.models.abstract import weight_bytes
 from unlearnjax.models.language_model import LanguageModel, save_model
 from unlearnjax.recipes.describe import (
     describe_candidates,
@@ -31,7 +30,7 @@ from unlearnjax.recipes.describe import (
 )
 from unlearnjax.recipes.evaluate_step import evaluate_all
 from unlearnjax.recipes.export_step import changed, choose_export, save_candidates, save_merges
-from unlearnjax.recipes.fit import candidates_at_once
+from unlearnjax.recipes.fit import candidates_at_once, mesh_for
 from unlearnjax.recipes.layers_step import traced_layers
 from unlearnjax.recipes.merge_step import Exported, Merged, at_scale, delta_of, describe, export, merge_candidates
 from unlearnjax.recipes.prepare import (
@@ -173,7 +172,7 @@ def run(
       stop: see `unlearnjax.training.interrupt.catch_signals`.
       say: receives lines about checkpoints and journals that could not be written or read; default: Python warnings.
       mesh: the devices that share the work, or their number along each axis (see `unlearnjax.distributed.mesh`), when
-        `model` is a name; default: see `choose_mesh`. A loaded model uses those that it lies on.
+        `model` is a name; default: see `mesh_for`. A loaded model uses those that it lies on.
 
     Returns:
       The report (see `unlearnjax.report.schema`). Its `exported` names the merge in model/; both are absent where no
@@ -196,8 +195,7 @@ def run(
     mmlu = None if mmlu_data is None else load_prompts(lm, mmlu_data, mmlu_shots)
     shared, models = None, 1 if gold is None else 2
     if folder is not None:
-        rows = min(len(g.objective.sides) * recipe.candidates[i].micro_batch for g in groups for i in g.group.places)
-        shared = choose_mesh(mesh, len(recipe.candidates), models * weight_bytes(lm.config, dtype), rows)
+        shared = mesh_for(mesh, recipe, groups, lm.config, dtype, models)
     if recipe.training.candidates_at_once is None:
         if resume and (out / "recipe.yml").exists():
             # What it was begun with, whatever the devices were there.
