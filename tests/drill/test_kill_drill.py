@@ -31,3 +31,11 @@ def test_the_record_of_the_long_one():
     assert all(cycle["identical"] for cycle in record["cycles"]) and record["kills"] >= 20
     assert {"training", "writing a checkpoint", "after training"} <= set(record["killed_at"])
     assert record["fell_back"] >= 3
+
+
+def test_the_record_of_two_hosts():
+    record = json.loads((HERE / "results" / "two_hosts.json").read_text("utf-8"))
+    ways = record["ways"]
+    assert {"environment", "link cut", "srun", "srun, SIGTERM", "mpirun (4)", "mpirun (5)", "Kubernetes"} <= set(ways)
+    assert all(way["identical"] for way in ways.values()) and record["files_compared"] > 10
+    assert ways["link cut"]["seconds_until_both_ended"] < 60 and ways["srun, SIGTERM"]["statuses"] == [143]
