@@ -117,7 +117,7 @@ def test_dropping_ended_rows_changes_nothing(monkeypatch, tmp_path):
         sizes.append(state.last.shape[1])
         return run.run(params, lora, state, *rest, **options)
 
-    monkeypatch.setattr(generation, "programs", lambda model: run._replace(run=recording))
+    monkeypatch.setattr(generation, "programs", lambda model, mesh: run._replace(run=recording))
     ours = generate(
         model, Variables(params), prompts, eos_token_ids=(eos,), pad_token_id=PAD, max_new_tokens=40, batch_size=8
     )

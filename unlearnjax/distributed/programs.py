@@ -10,12 +10,18 @@ from jaxtyping import PyTree
 
 from unlearnjax.adapters.lora import lora
 from unlearnjax.data.tokens import Reference, Store
-from unlearnjax.distributed.rules import of_candidates, of_params, of_store, of_work, sharding, whole
-from unlearnjax.evaluation.generate import State as Generating
-from unlearnjax.evaluation.generate import programs
+from unlearnjax.distributed.rules import (
+    filled_number,
+    of_candidates,
+    of_params,
+    of_store,
+    of_work,
+    sharding,
+    whole,
+)
+from unlearnjax.evaluation.generate import places, programs
 from unlearnjax.merging.lora_space import merge_lora
 from unlearnjax.models.abstract import shapes
-from unlearnjax.models.cache import Cache
 from unlearnjax.models.config import ModelConfig
 from unlearnjax.models.decoder import build
 from unlearnjax.models.protocol import Model
@@ -156,33 +162,19 @@ def _adapters(model: Model, mesh: Mesh, w: Workload) -> PyTree[jax.ShapeDtypeStr
 def generation_step(config: ModelConfig, mesh: Mesh, w: Workload) -> Program:
     """One new token of every row of every candidate, with their caches."""
     model = _model(config)
+    w = w._replace(candidates=filled_number(mesh, w.candidates))
     params, adapters = _base(model, mesh, w.dtype), _adapters(model, mesh, w)
-    run = programs(model)
+    run = programs(model, mesh)
     rows = lambda dtype, *size: jax.ShapeDtypeStruct((w.batch, *size), dtype)  # noqa: E731
     ends = jax.ShapeDtypeStruct((4,), jnp.int32, sharding=whole(mesh))
     state = jax.eval_shape(
         lambda *x: run.start(*x, None, count=w.candidates), params, adapters, rows(jnp.int32, w.slots),
         rows(jnp.int32, w.slots), rows(jnp.int32), ends,
     )  # fmt: skip
-    state = laid(state, _places(mesh, state, w.candidates))
+    state = laid(state, places(mesh, state))
     steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole(mesh))
     lower = lambda: run.run.lower(params, adapters, state, steps, ends, None, size=64)  # type: ignore[attr-defined]  # noqa: E731
     return Program("generation step", lower, {"base weights": params, "adapters": adapters, "cache": state})
-
-
-def _places(mesh: Mesh, state: Generating, candidates: int) -> PyTree[Any]:
-    """The cache is cut along candidates, rows and heads; the rest along candidates and rows."""
-    lead = ("candidate",) if candidates > 1 else ()
-
-    def kept(x: Any) -> Any:
-        inner = len(x.shape) - len(lead) - 4
-        return sharding(mesh, (*lead, *(None,) * inner, "rows", "kv_heads", None, None), x.shape)
-
-    cache = state.cache
-    segments: Any = sharding(mesh, (*lead, "rows", None), cache.segments.shape)
-    length: Any = whole(mesh)
-    own = Cache(jax.tree.map(kept, cache.keys), jax.tree.map(kept, cache.values), segments, length)
-    return Generating(own, *(sharding(mesh, ("candidate", "rows"), x.shape) for x in state[1:]))  # type: ignore[arg-type]
 
 
 def merge_step(config: ModelConfig, mesh: Mesh, w: Workload, method: str, settings: Mapping[str, Any]) -> Program:

@@ -1,5 +1,6 @@
 """Where every array lies: one table from logical axes to mesh axes, and what follows from it for each kind of tree."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,11 +14,15 @@ from jaxtyping import PyTree
 from unlearnjax.distributed.mesh import CANDIDATE, DATA, FSDP, TENSOR, mesh_of
 from unlearnjax.distributed.processes import put
 from unlearnjax.models.abstract import ArrayInfo, is_info
+from unlearnjax.models.protocol import WHERE_IT_IS, Spread
 
 # A logical axis that is not here lies whole on every device.
 RULES: dict[str, tuple[str, ...]] = {
     "candidate": (CANDIDATE,),
     "rows": (DATA, FSDP),
+    # Rows that need not lie whole for each candidate: the candidates' axis cuts them too, unless a stack of candidates
+    # has it. It comes last, so that these rows are cut no less finely than "rows".
+    "batch": (DATA, FSDP, CANDIDATE),
     "vocab": (TENSOR,),
     "heads": (TENSOR,),
     "kv_heads": (TENSOR,),
@@ -119,11 +124,15 @@ def of_store(mesh: Mesh, store: PyTree[Any]) -> PyTree[NamedSharding]:
     return jax.tree.map(lambda x: sharding(mesh, axes.get(len(x.shape), (None,) * len(x.shape)), x.shape), store)
 
 
-def along_rows(mesh: Mesh | None, x: jax.Array) -> jax.Array:
-    """Inside a compiled program: cut an array of rows among the devices that share a batch."""
+def along_rows(mesh: Mesh | None, x: jax.Array, rows: str = "rows") -> jax.Array:
+    """Inside a compiled program: cut an array of rows among the devices that share a batch.
+
+    Args:
+      rows: their logical axis: "batch" where there is no stack of candidates.
+    """
     if mesh is None:
         return x
-    names = ("rows", *(None,) * (x.ndim - 1))
+    names = (rows, *(None,) * (x.ndim - 1))
     return jax.lax.with_sharding_constraint(x, sharding(mesh, names, x.shape))
 
 
@@ -143,6 +152,19 @@ def take_rows(mesh: Mesh | None, x: jax.Array, at: jax.Array) -> jax.Array:
         lambda x, at: x[at], mesh=mesh, in_specs=(kept, PartitionSpec(rows)), out_specs=out, check_vma=False
     )
     return take(x, at)
+
+
+def spread_of(mesh: Mesh | None, candidates: int = 1) -> Spread:
+    """Inside a compiled program without gradients: each layer's output stays cut by rows (`spread_rows`), which XLA,
+    left alone, gives up for the way in which the weights are cut.
+
+    Args:
+      candidates: that are mapped with `spmd_axis_name=CANDIDATE`; 1 where there is no stack.
+    """
+    if mesh is None:
+        return WHERE_IT_IS
+    along = functools.partial(along_rows, mesh, rows="rows" if candidates > 1 else "batch")
+    return Spread(along, functools.partial(gathered, mesh))
 
 
 def gathered(mesh: Mesh, tree: PyTree[jax.Array]) -> PyTree[jax.Array]:
@@ -166,30 +188,47 @@ def cut_for_merging(pair: dict[str, Any]) -> dict[str, Any]:
     return put(pair, places)
 
 
-def spread_rows(params: PyTree[Any], *arrays: Any) -> Any:
+def row_shards(mesh: Mesh | None, candidates: int, rows: int) -> int:
+    """Among how many devices a batch's rows are cut, for a stack of so many candidates (1: there is none)."""
+    if mesh is None:
+        return 1
+    shape = (candidates, rows)
+    return rows // sharding(mesh, ("candidate", "batch"), shape).shard_shape(shape)[1]
+
+
+def spread_rows(params: PyTree[Any], *arrays: Any, candidates: int = 1) -> Any:
     """Arrays of rows (the first axis), cut among the devices that share a batch where the base weights lie on several.
 
-    Returns them as they are where there is one device.
+    Args:
+      candidates: that read these rows, each of them all; they have the candidates' axis. One has no use for it.
+
+    Returns:
+      The arrays, as they are where there is one device.
     """
     mesh = mesh_of(params)
     if mesh is None:
         return arrays
-    names = [("rows", *(None,) * (np.ndim(x) - 1)) for x in arrays]
+    names = [("rows" if candidates > 1 else "batch", *(None,) * (np.ndim(x) - 1)) for x in arrays]
     return tuple(
         put(x, sharding(mesh, own, np.shape(x))) for x, own in zip(arrays, names, strict=True)
     )  # fmt: skip
 
 
+def filled_number(mesh: Mesh, candidates: int) -> int:
+    """How many candidates are evaluated for so many: a multiple of the candidate axis. But one alone stays alone, and
+    that axis cuts its rows."""
+    return candidates if candidates == 1 else candidates + -candidates % mesh.shape[CANDIDATE]
+
+
 def filled(params: PyTree[Any], lora: PyTree[jax.Array] | None) -> PyTree[jax.Array] | None:
-    """A stack of adapters [N, layers, ...] with adapters of zeros behind them, so that the mesh's candidate axis
-    divides their number, each device with its own; as it is where there is one device."""
+    """A stack of adapters [N, layers, ...] with adapters of zeros behind them (`filled_number`), so that each device
+    along the mesh's candidate axis has its own; as it is where there is one device."""
     mesh = mesh_of(params)
     if mesh is None or lora is None:
         return lora
-    size = mesh.shape[CANDIDATE]
 
     def leaf(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-        more = jnp.pad(x, [(0, -x.shape[0] % size), *[(0, 0)] * (x.ndim - 1)])
+        more = jnp.pad(x, [(0, filled_number(mesh, x.shape[0]) - x.shape[0]), *[(0, 0)] * (x.ndim - 1)])
         names = (None, None, "features") if _names(path)[-1] == "a" else (None, "features", None)
         return put(more, sharding(mesh, ("candidate", *names), more.shape))
 

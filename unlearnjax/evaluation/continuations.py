@@ -7,15 +7,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from unlearnjax.distributed.mesh import mesh_of
 from unlearnjax.distributed.processes import fetch
-from unlearnjax.distributed.rules import spread_rows
+from unlearnjax.distributed.rules import spread_of, spread_rows
 from unlearnjax.errors import UserError
 from unlearnjax.evaluation.batches import batches, check_rows, name_of, power_of_two
 from unlearnjax.evaluation.nll import LOGITS_AT_ONCE
 from unlearnjax.models.layers import precision
-from unlearnjax.models.protocol import Model, Variables
+from unlearnjax.models.protocol import WHERE_IT_IS, Model, Spread, Variables
 
 
 class ContinuationScores(NamedTuple):
@@ -33,13 +35,14 @@ def row_scores(
     segments: Int[Array, "rows length"],
     targets: Int[Array, "rows width"],
     counted: Bool[Array, "rows width"],
+    spread: Spread = WHERE_IT_IS,
 ) -> tuple[Float[Array, " rows"], Bool[Array, " rows"]]:
     """Log-probability of each row's counted targets, which follow its last `width` tokens, and whether all are greedy.
 
     Logits are float32 and of a few positions at a time: at most `LOGITS_AT_ONCE` numbers.
     """
     rows, width = targets.shape
-    hidden = model.forward(params, lora, tokens, segments=segments).hidden[:, -width:]
+    hidden = model.forward(params, lora, tokens, segments=segments, spread=spread).hidden[:, -width:]
     flat = hidden.reshape(rows * width, -1)
     head = model.head(params)
     chunk = min(max(128, LOGITS_AT_ONCE // head.shape[0]), rows * width)
@@ -66,9 +69,9 @@ def row_scores(
 
 
 @functools.lru_cache(maxsize=4)
-def program(model: Model) -> Callable[..., tuple[Array, Array]]:
-    """`row_scores` jitted, once per model object."""
-    return jax.jit(functools.partial(row_scores, model))
+def program(model: Model, mesh: Mesh | None = None) -> Callable[..., tuple[Array, Array]]:
+    """`row_scores` jitted, once per model object (and mesh, where there is one)."""
+    return jax.jit(functools.partial(row_scores, model, spread=spread_of(mesh)))
 
 
 def continuation_scores(
@@ -105,7 +108,7 @@ def continuation_scores(
     check_rows([continuation for _, continuation in rows], model.config.vocab_size, limit, 0, names)
     seen = [[*context, *continuation][-limit - 1 : -1] for context, continuation in rows]
     check_rows(seen, model.config.vocab_size, limit, 0, names)
-    run = program(model)
+    run = program(model, mesh_of(variables.params))
     total, greedy = np.zeros(len(rows), np.float32), np.zeros(len(rows), bool)
     # The pad id is never attended to. Padding on the left puts all continuations at the end.
     for batch in batches(seen, batch_size, 0, left=True, widest=limit, per_octave=4):

@@ -13,16 +13,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from unlearnjax.data.buckets import round_up
+from unlearnjax.distributed.mesh import CANDIDATE, mesh_of
 from unlearnjax.distributed.processes import fetch
-from unlearnjax.distributed.rules import filled, spread_rows
+from unlearnjax.distributed.rules import filled, row_shards, sharding, spread_of, spread_rows, whole
 from unlearnjax.errors import UserError
 from unlearnjax.evaluation.batches import Batch, batches, check_rows, power_of_two
 from unlearnjax.evaluation.journal import Records, recorded
 from unlearnjax.models.cache import Cache
 from unlearnjax.models.precision import precision
-from unlearnjax.models.protocol import Model, Variables
+from unlearnjax.models.protocol import WHERE_IT_IS, Model, Spread, Variables
 
 FIRST_LOOK = 32  # new tokens before the host first looks, and doubling from there. LUME's answers: 7 (qa) or 46 (sc)
 SLOT_STEP = 64  # cache lengths are multiples of this, so that different prompt widths share a program
@@ -61,6 +64,21 @@ class State(NamedTuple):
     prompt: Int[Array, "N rows"]  # the row's place in the caller's list
 
 
+def places(mesh: Mesh, state: State) -> PyTree[Any]:
+    """Where a state's arrays (or their shapes) lie: cut along candidates and rows, and the cache along heads too."""
+    lead = ("candidate",) if state.last.shape[0] > 1 else ()
+
+    def kept(x: Any) -> Any:
+        layers = (None,) * (len(x.shape) - len(lead) - 4)
+        return sharding(mesh, (*lead, *layers, "batch", "kv_heads", None, None), x.shape)
+
+    keys, values, segments, _ = state.cache
+    read: Any = sharding(mesh, (*lead, "batch", None), segments.shape)
+    length: Any = whole(mesh)
+    cache = Cache(jax.tree.map(kept, keys), jax.tree.map(kept, values), read, length)
+    return State(cache, *(sharding(mesh, ("candidate", "batch"), x.shape) for x in state[1:]))  # type: ignore[arg-type]
+
+
 def next_token(
     model: Model,
     params: PyTree[Array],
@@ -96,13 +114,16 @@ def prefill(
     segments: Int[Array, "rows length"],
     noise: Noise | None,
     prompt: Int[Array, " rows"],
+    spread: Spread = WHERE_IT_IS,
 ) -> tuple[Cache, Int[Array, " rows"]]:
     """One candidate's left-padded prompts: the filled cache (of `length` slots) and the first new tokens."""
     rows, length = tokens.shape
     positions = jnp.maximum(jnp.cumsum(segments, axis=1, dtype=jnp.int32) - 1, 0)
     cache = model.init_cache(rows, length, params["embed"]["weight"].dtype)
     newest = jnp.full((rows, 1), length - 1, jnp.int32)
-    out = model.forward(params, lora, tokens, positions=positions, segments=segments, cache=cache, at=newest)
+    out = model.forward(
+        params, lora, tokens, positions=positions, segments=segments, cache=cache, at=newest, spread=spread
+    )
     return out.cache, next_token(model, params, out.hidden[:, 0], noise, prompt, positions[:, -1] + 1)  # type: ignore[return-value]
 
 
@@ -115,9 +136,10 @@ def step(
     position: Int[Array, " rows"],
     noise: Noise | None,
     prompt: Int[Array, " rows"],
+    spread: Spread = WHERE_IT_IS,
 ) -> tuple[Cache, Int[Array, " rows"]]:
     """One candidate's next tokens."""
-    out = model.forward(params, lora, last[:, None], positions=position[:, None], cache=cache)
+    out = model.forward(params, lora, last[:, None], positions=position[:, None], cache=cache, spread=spread)
     return out.cache, next_token(model, params, out.hidden[:, 0], noise, prompt, position + 1)  # type: ignore[return-value]
 
 
@@ -131,16 +153,26 @@ class Programs(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4)
-def programs(model: Model) -> Programs:
-    """Jitted once per model: `model` must be the same object for the compiled programs to be found again."""
+def programs(model: Model, mesh: Mesh | None = None) -> Programs:
+    """Jitted once per model: `model` must be the same object for the compiled programs to be found again.
+
+    Args:
+      mesh: the devices that share the work, where there are several. Each program leaves its state where `places` says:
+        XLA, left alone, puts what `keep` gathers whole on every device, and it stays there.
+    """
+
+    def placed(state: State) -> State:
+        return state if mesh is None else jax.lax.with_sharding_constraint(state, places(mesh, state))
 
     @functools.partial(jax.jit, static_argnames=("count",))
     def start(
         params: PyTree, lora: PyTree, tokens: Array, segments: Array, prompt: Array, eos: Array, noise: Noise | None,
         *, count: int,
     ) -> State:  # fmt: skip
-        one = functools.partial(prefill, model)
-        group = max(1, CPU_TOKENS_AT_ONCE // tokens.size) if jax.default_backend() == "cpu" else count
+        one = functools.partial(prefill, model, spread=spread_of(mesh, count))
+        # On a mesh all at once: groups would take each device's candidates from the others.
+        alone = mesh is None and jax.default_backend() == "cpu"
+        group = max(1, CPU_TOKENS_AT_ONCE // tokens.size) if alone else count
         if group < count:
             run = lambda mine: one(params, mine, tokens, segments, noise, prompt)  # noqa: E731
             cache, last = jax.lax.map(run, lora, batch_size=group)
@@ -150,14 +182,15 @@ def programs(model: Model) -> Programs:
             cache, last = mapped(params, lora, tokens, segments, noise, prompt)
         position = jnp.broadcast_to(jnp.sum(segments, axis=1, dtype=jnp.int32)[None], last.shape)
         prompts = jnp.broadcast_to(prompt[None], last.shape)
-        return State(cache, last, position, _is_in(last, eos) | (prompts < 0), prompts)
+        return placed(State(cache, last, position, _is_in(last, eos) | (prompts < 0), prompts))
 
     @functools.partial(jax.jit, static_argnames=("size",), donate_argnames=("state",))
     def run(
         params: PyTree, lora: PyTree, state: State, steps: Array, eos: Array, noise: Noise | None, *, size: int
     ) -> tuple[State, Array]:
         count, prompt = state.last.shape[0], state.prompt
-        mapped = _mapped(functools.partial(step, model), count, (None, 0, _CACHE_AXES, 0, 0, None, 0))
+        one = functools.partial(step, model, spread=spread_of(mesh, count))
+        mapped = _mapped(one, count, (None, 0, _CACHE_AXES, 0, 0, None, 0))
         params, lora = model.apart(params), model.apart(lora, axis=1)
 
         def unfinished(carry: tuple[Array, State, Array]) -> Array:
@@ -167,7 +200,7 @@ def programs(model: Model) -> Programs:
             i, (cache, last, position, ended, _), out = carry
             cache, token = mapped(params, lora, cache, last, position, noise, prompt)
             out = jax.lax.dynamic_update_index_in_dim(out, token, i, axis=0)
-            return i + 1, State(cache, token, position + 1, ended | _is_in(token, eos), prompt), out
+            return i + 1, placed(State(cache, token, position + 1, ended | _is_in(token, eos), prompt)), out
 
         out = jnp.zeros((size, *state.last.shape), jnp.int32)
         _, state, out = jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), state, out))
@@ -180,7 +213,7 @@ def programs(model: Model) -> Programs:
 
         keys, values, segments, length = state.cache
         keys, values = tuple(widen(part, -1) for part in keys), tuple(widen(part, -2) for part in values)
-        return state._replace(cache=Cache(keys, values, widen(segments, -1), length))
+        return placed(state._replace(cache=Cache(keys, values, widen(segments, -1), length)))
 
     @jax.jit
     def keep(state: State, index: Array, live: Array) -> State:
@@ -192,7 +225,7 @@ def programs(model: Model) -> Programs:
         keys, values = (tuple(rows(part, -4) for part in parts) for parts in (keys, values))
         own = [jnp.take_along_axis(x, index, axis=1, mode="clip") for x in state[1:]]
         kept = State(Cache(keys, values, rows(segments, 0), length), *own)
-        return kept._replace(ended=kept.ended | ~live)
+        return placed(kept._replace(ended=kept.ended | ~live))
 
     return Programs(start, run, grow, keep)
 
@@ -204,7 +237,7 @@ def _mapped(one: Callable[..., tuple[Cache, Array]], count: int, axes: tuple[Any
     XLA copy the cache at every step.
     """
     if count > 1:
-        return jax.vmap(one, in_axes=axes, out_axes=(_CACHE_AXES, 0), axis_size=count)
+        return jax.vmap(one, in_axes=axes, out_axes=(_CACHE_AXES, 0), axis_size=count, spmd_axis_name=CANDIDATE)
 
     def alone(*args: Any) -> tuple[Cache, Array]:
         cache, last = one(*(jax.tree.map(lambda x: x[0], arg) if axis == 0 else arg for arg, axis in zip(args, axes)))
@@ -227,15 +260,16 @@ def _looks(limit: int) -> list[int]:
 
 
 def _generate_batch(
-    run: Programs, params: PyTree, lora: PyTree, count: int, batch: Batch, eos: np.ndarray, limit: int,
-    noise: Noise | None,
+    run: Programs, mesh: Mesh | None, params: PyTree, lora: PyTree, count: int, batch: Batch, eos: np.ndarray,
+    limit: int, noise: Noise | None,
 ) -> np.ndarray:  # fmt: skip
     """New tokens, int32 [count, rows, limit]; what follows an end token means nothing."""
     total, width = batch.tokens.shape
     live = np.arange(total) < len(batch.places)
     prompt = np.full(total, -1, np.int32)
     prompt[live] = batch.places
-    tokens, segments, prompt = spread_rows(params, batch.tokens, batch.segments, prompt)
+    tokens, segments, prompt = spread_rows(params, batch.tokens, batch.segments, prompt, candidates=count)
+    shards = row_shards(mesh, count, total)
     state = run.start(params, lora, tokens, segments, prompt, eos, noise, count=count)
     produced = np.zeros((count, total, limit), np.int32)
     produced[:, :, 0] = fetch(state.last)
@@ -246,7 +280,8 @@ def _generate_batch(
         ended = np.asarray(fetch(state.ended))
         if done == limit or ended.all():
             break
-        alive = power_of_two(int((~ended).sum(axis=1).max()))
+        # As many on each device: of fewer than there are devices, all of them would do all.
+        alive = round_up(power_of_two(int((~ended).sum(axis=1).max())), shards)
         if alive * SHRINK <= rows.shape[1]:
             order = np.argsort(ended, axis=1, kind="stable")[:, :alive].astype(np.int32)
             rows = np.take_along_axis(np.where(ended, -1, rows), order, axis=1)
@@ -315,7 +350,8 @@ def generate_candidates(
     # Padded with an id that no token has, so that the number of end tokens makes no new program.
     eos = np.array(sorted({int(i) for i in eos_token_ids}), np.int32)
     eos = np.pad(eos, (0, -len(eos) % 4 or 4 * (not len(eos))), constant_values=-1)
-    run = programs(model)
+    mesh = mesh_of(params)
+    run = programs(model, mesh)
     noise = None
     if sampling is not None:
         if not sampling.temperature > 0:
@@ -324,7 +360,7 @@ def generate_candidates(
     results: list[list[list[int]]] = [[[] for _ in prompts] for _ in range(count)]
 
     def continuations(batch: Batch) -> list[list[list[int]]]:
-        produced = _generate_batch(run, params, lora, count, batch, eos, max_new_tokens, noise)
+        produced = _generate_batch(run, mesh, params, lora, count, batch, eos, max_new_tokens, noise)
         ends = np.isin(produced, eos)
         lengths = np.where(ends.any(axis=-1), ends.argmax(axis=-1), max_new_tokens)
         rows = range(len(batch.places))

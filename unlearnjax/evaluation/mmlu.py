@@ -18,18 +18,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
 from unlearnjax.data.mmlu import Mmlu, Question
+from unlearnjax.distributed.mesh import CANDIDATE, mesh_of
 from unlearnjax.distributed.processes import fetch
-from unlearnjax.distributed.rules import filled, spread_rows
+from unlearnjax.distributed.rules import filled, spread_of, spread_rows
 from unlearnjax.errors import UserError
 from unlearnjax.evaluation.batches import Batch, batches, check_rows
 from unlearnjax.evaluation.generate import stack_of_one
 from unlearnjax.evaluation.intervals import wilson_interval
 from unlearnjax.evaluation.journal import Journal, digest, recorded
 from unlearnjax.models.layers import precision
-from unlearnjax.models.protocol import Model, Variables
+from unlearnjax.models.protocol import WHERE_IT_IS, Model, Spread, Variables
 
 LETTERS = "ABCD"
 SHOTS = 5
@@ -139,9 +141,10 @@ def letter_log_probabilities(
     segments: Int[Array, "rows length"],
     lengths: Int[Array, " rows"],
     letters: Int[Array, " options"],
+    spread: Spread = WHERE_IT_IS,
 ) -> Float[Array, "rows options"]:
     """One candidate: log p of each letter after each row's last token, float32. Only that place meets the head."""
-    hidden = model.forward(params, lora, tokens, segments=segments).hidden
+    hidden = model.forward(params, lora, tokens, segments=segments, spread=spread).hidden
     last = jax.vmap(lambda row, length: row[length - 1])(hidden, lengths)
     contract = (((1,), (1,)), ((), ()))
     logits = jax.lax.dot_general(
@@ -151,15 +154,16 @@ def letter_log_probabilities(
 
 
 @functools.lru_cache(maxsize=4)
-def program(model: Model) -> Callable[..., Array]:
-    """`letter_log_probabilities` mapped over candidates and jitted, once per model object."""
+def program(model: Model, mesh: Mesh | None = None) -> Callable[..., Array]:
+    """`letter_log_probabilities` mapped over candidates and jitted, once per model object (and mesh)."""
 
     @functools.partial(jax.jit, static_argnames=("count",))
     def run(
         params: PyTree, lora: PyTree, tokens: Array, segments: Array, lengths: Array, letters: Array, *, count: int
     ) -> Array:
-        one = functools.partial(letter_log_probabilities, model)
-        return jax.vmap(one, in_axes=(None, 0, None, None, None, None), axis_size=count)(
+        one = functools.partial(letter_log_probabilities, model, spread=spread_of(mesh, count))
+        apart = CANDIDATE if count > 1 else None
+        return jax.vmap(one, in_axes=(None, 0, None, None, None, None), axis_size=count, spmd_axis_name=apart)(
             params, lora, tokens, segments, lengths, letters
         )
 
@@ -190,7 +194,7 @@ def mmlu_candidates(
     wanted = 1 if lora is None else jax.tree.leaves(lora)[0].shape[0]
     lora = filled(params, lora)
     count = 1 if lora is None else jax.tree.leaves(lora)[0].shape[0]
-    run = program(model)
+    run = program(model, mesh_of(params))
     letters = np.array(prompts.letters, np.int32)
     found = np.zeros((count, len(prompts.ids), len(LETTERS)), np.float32)
     records = None
@@ -199,7 +203,7 @@ def mmlu_candidates(
         records = journal.records("MMLU", **work, batch_size=batch_size)
 
     def scores(batch: Batch) -> list[list[list[float]]]:
-        rows = spread_rows(params, batch.tokens, batch.segments, batch.lengths)
+        rows = spread_rows(params, batch.tokens, batch.segments, batch.lengths, candidates=count)
         made = run(params, lora, *rows, letters, count=count)
         return np.asarray(fetch(made))[:, : len(batch.places)].tolist()
 

@@ -7,17 +7,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 from unlearnjax_kernels.vocab_logsumexp import vocab_logsumexp
 
+from unlearnjax.distributed.mesh import CANDIDATE, mesh_of
 from unlearnjax.distributed.processes import fetch
-from unlearnjax.distributed.rules import filled, spread_rows
+from unlearnjax.distributed.rules import filled, spread_of, spread_rows
 from unlearnjax.errors import UserError
 from unlearnjax.evaluation.batches import Batch, batches, check_rows, name_of
 from unlearnjax.evaluation.generate import stack_of_one
 from unlearnjax.evaluation.journal import Records, recorded
 from unlearnjax.models.precision import precision
-from unlearnjax.models.protocol import Model, Variables
+from unlearnjax.models.protocol import WHERE_IT_IS, Model, Spread, Variables
 
 LOGITS_AT_ONCE = 1 << 24  # float32 logits alive at a time over all candidates: 64 MiB
 
@@ -43,9 +45,10 @@ def row_nll(
     segments: Int[Array, "rows length"],
     counted: Float[Array, "rows length"],
     chunk: int,
+    spread: Spread = WHERE_IT_IS,
 ) -> Float[Array, " rows"]:
     """One candidate: each row's NLL summed over the tokens whose `counted` is 1."""
-    hidden = model.forward(params, lora, tokens, segments=segments).hidden[:, :-1]
+    hidden = model.forward(params, lora, tokens, segments=segments, spread=spread).hidden[:, :-1]
     head, targets = model.head(params), tokens[:, 1:]
     flat = hidden.reshape(-1, hidden.shape[-1])
     chosen = head[targets.reshape(-1)]
@@ -56,14 +59,15 @@ def row_nll(
 
 
 @functools.lru_cache(maxsize=4)
-def program(model: Model) -> Callable[..., Array]:
-    """`row_nll` mapped over candidates and jitted, once per model object."""
+def program(model: Model, mesh: Mesh | None = None) -> Callable[..., Array]:
+    """`row_nll` mapped over candidates and jitted, once per model object (and mesh, where there is one)."""
 
     @functools.partial(jax.jit, static_argnames=("count",))
     def run(params: PyTree, lora: PyTree, tokens: Array, segments: Array, counted: Array, *, count: int) -> Array:
         chunk = max(128, LOGITS_AT_ONCE // (count * tokens.size))
-        one = functools.partial(row_nll, model, chunk=chunk)
-        return jax.vmap(one, in_axes=(None, 0, None, None, None), axis_size=count)(
+        one = functools.partial(row_nll, model, chunk=chunk, spread=spread_of(mesh, count))
+        apart = CANDIDATE if count > 1 else None
+        return jax.vmap(one, in_axes=(None, 0, None, None, None), axis_size=count, spmd_axis_name=apart)(
             params, lora, tokens, segments, counted
         )
 
@@ -114,14 +118,15 @@ def token_nll_candidates(
     wanted = 1 if lora is None else jax.tree.leaves(lora)[0].shape[0]
     lora = filled(params, lora)
     count = 1 if lora is None else jax.tree.leaves(lora)[0].shape[0]
-    run = program(model)
+    run = program(model, mesh_of(params))
     total = np.zeros((count, len(rows)), np.float32)
 
     def totals(batch: Batch) -> list[list[float]]:
         counted = np.zeros(batch.tokens.shape, np.float32)
         for at, row in enumerate(batch.places):
             counted[at, starts[row] : len(rows[row])] = 1.0
-        found = run(params, lora, *spread_rows(params, batch.tokens, batch.segments, counted), count=count)
+        arrays = spread_rows(params, batch.tokens, batch.segments, counted, candidates=count)
+        found = run(params, lora, *arrays, count=count)
         return np.asarray(fetch(found))[:, : len(batch.places)].tolist()
 
     # The pad id is never attended to and never counted.

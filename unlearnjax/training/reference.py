@@ -1,16 +1,20 @@
 """What the frozen base says of the rows, computed once before training: no second model, no reference forward later."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 from unlearnjax_kernels.vocab_logsumexp import vocab_logsumexp_and_mean
 
 from unlearnjax.data.buckets import choose_widths, fit, round_up
 from unlearnjax.data.tokens import Reference, Store, Tokens, gather, to_device
+from unlearnjax.distributed.mesh import TENSOR, mesh_of
 from unlearnjax.distributed.processes import fetch
+from unlearnjax.distributed.rules import along_rows, spread_of
 from unlearnjax.models.layers import pick
 from unlearnjax.models.protocol import Model
 from unlearnjax.objectives.objective import Objective, answer_scores
@@ -31,18 +35,22 @@ def _base_scores(
     answers: int,
     needs: frozenset[str],
     layer: int | None,
+    mesh: Mesh | None = None,
 ) -> dict[str, Array]:
     """The fields of `Reference` that `needs` names, by row and position, and the two masks."""
-    tokens, at, side = gather(store, rows, jnp.zeros_like(rows), width, answers)
+    along = functools.partial(along_rows, mesh, rows="batch")
+    forward = functools.partial(model.forward, params, None, spread=spread_of(mesh))
+    tokens, at, side = gather(store, along(rows), jnp.zeros_like(rows), width, answers)
+    tokens = along(tokens)
     every = "every" in needs
     assert side.inside is not None
     out = {"answers": side.mask, "tokens": side.inside}
     if "layer" in needs:
-        out["every_layer"] = model.forward(params, None, tokens, layers=(0, layer)).hidden
+        out["every_layer"] = forward(tokens, layers=(0, layer)).hidden
     if needs <= {"layer"}:
         return out
-    hidden = model.forward(params, None, tokens, at=None if every else at).hidden
-    picked = pick(hidden, at) if every else hidden
+    hidden = along(forward(tokens, at=None if every else at).hidden)
+    picked = along(pick(hidden, at)) if every else hidden
     head = model.head(params)
     if needs & {"nll", "others"}:
         likelihood, total = answer_scores(picked, head, side.targets, train_head=False)
@@ -72,10 +80,12 @@ def base_reference(
     """
     if not needs:
         return Reference()
-    store = to_device(tokens)
+    store, mesh = to_device(tokens), mesh_of(params)
+    # There is no stack of candidates: all devices but those along `tensor` have rows of their own.
+    batch_size = round_up(batch_size, 1 if mesh is None else mesh.size // mesh.shape[TENSOR])
     offsets = np.concatenate([[0], np.cumsum(tokens.answer_length)]).astype(np.int32)
     held: dict[str, np.ndarray] = {}
-    run: Any = jax.jit(_base_scores, static_argnums=(0, 4, 5, 6, 7))
+    run: Any = jax.jit(_base_scores, static_argnums=(0, 4, 5, 6, 7, 8))
     widths = choose_widths(tokens.length, buckets)
     group = np.asarray([fit(int(n), widths) for n in tokens.length])
     for width in widths:
@@ -85,7 +95,7 @@ def base_reference(
             chosen = inside[begin : begin + batch_size]
             padded = np.full(batch_size, -1, np.int32)
             padded[: len(chosen)] = chosen
-            got = fetch(run(model, params, store, jnp.asarray(padded), width, answers, needs, layer))
+            got = fetch(run(model, params, store, jnp.asarray(padded), width, answers, needs, layer, mesh))
             answered, real = got.pop("answers"), got.pop("tokens")
             for name, values in got.items():
                 # By row, by answer token, or by token: where each begins, which are real, and how many there are.
