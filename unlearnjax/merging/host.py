@@ -26,7 +26,9 @@ def settle(rule: Rule, leaves: Sequence[Float[Array, "N ..."]], starts: list[Sta
 
 def settles(rule: Rule, leaves: Sequence[Any], starts: list[State]) -> bool:
     """Whether the host can do the first of the rule's rounds at once."""
-    return bool(rule.rounds) and rule.rounds[0].at_once is not None and all(map(_here, jax.tree.leaves((leaves, starts))))
+    return (
+        bool(rule.rounds) and rule.rounds[0].at_once is not None and all(map(_here, jax.tree.leaves((leaves, starts))))
+    )
 
 
 def at_once(rule: Rule, leaves: Leaves, state: State, settings: Settings) -> State:
