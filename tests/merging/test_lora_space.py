@@ -7,8 +7,16 @@ import pytest
 from unlearnjax.distributed.mesh import make_mesh
 from unlearnjax.distributed.rules import sharding, whole
 from unlearnjax.errors import UserError
-from unlearnjax.merging import concatenate_lora, lora_delta, merge, merge_lora, methods, to_lora, truncation_errors
-from unlearnjax.merging import spherical
+from unlearnjax.merging import (
+    concatenate_lora,
+    lora_delta,
+    merge,
+    merge_lora,
+    methods,
+    spherical,
+    to_lora,
+    truncation_errors,
+)
 from unlearnjax.merging.api import merge_stacked
 
 N, L, R = 2, 3, 4

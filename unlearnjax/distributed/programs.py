@@ -53,8 +53,8 @@ class Workload(NamedTuple):
 
 
 class Program(NamedTuple):
-    """`lower()` gives what compiles. `held`: the arguments by kind, as shapes with their shardings. `beside`: what stays
-    on the devices meanwhile and is no argument."""
+    """`lower()` gives what compiles. `held`: the arguments by kind, as shapes with their shardings. `beside`: what is
+    on the devices meanwhile and no argument."""
 
     name: str
     lower: Any

@@ -67,8 +67,8 @@ def run(
 
 
 def widened(leaf: Any) -> Any:
-    """The leaf in float32 (a `Product` is). On a CPU a barrier follows, which lets XLA write it out: LLVM does not vectorise comparisons
-    of 16-bit loads."""
+    """The leaf in float32, as a `Product` is. On a CPU a barrier follows, which lets XLA write it out: LLVM does not
+    vectorise comparisons of 16-bit loads."""
     if leaf.dtype == jnp.float32:
         return leaf
     wide = lambda x: x.astype(jnp.float32)  # noqa: E731
