@@ -8,7 +8,10 @@ import pytest
 from unlearnjax.adapters.apply import add_delta
 from unlearnjax.adapters.full import full
 from unlearnjax.adapters.lora import lora, lora_weights, resolve_targets, scaled
+from unlearnjax.distributed.mesh import make_mesh, parse_mesh
+from unlearnjax.distributed.rules import of_candidates, of_params
 from unlearnjax.errors import UserError
+from unlearnjax.merging import merge_lora
 from unlearnjax.models.abstract import init_params
 from unlearnjax.models.config import ModelConfig
 from unlearnjax.models.decoder import build
@@ -147,3 +150,26 @@ def test_targets():
         resolve_targets(["lm_head"], CONFIG)
     with pytest.raises(UserError, match="no linear"):
         resolve_targets([], CONFIG)
+
+
+@pytest.mark.parametrize("sizes", ["candidate=4,fsdp=2", "fsdp=8", "fsdp=2,tensor=4", "data=8"])
+@pytest.mark.parametrize("kind", ["merged", "host", "one device"])
+def test_changed_weights_lie_where_the_base_did(sizes, kind):
+    config = ModelConfig("llama", 64, 32, 64, 2, 4, 4, 8, "rms")
+    mesh, abstract = make_mesh(parse_mesh(sizes)), build(config).abstract(jnp.bfloat16)
+    base = jax.device_put(init_params(abstract, jax.random.key(0)), of_params(mesh, abstract))
+    draw = lambda *shape: jax.random.normal(jax.random.key(shape[-1]), shape)  # noqa: E731
+    lora = {"layers": {"mlp": {
+        "up": {"a": draw(4, 2, 3, 32), "b": draw(4, 2, 64, 3)}, "down": {"a": draw(4, 2, 3, 64), "b": draw(4, 2, 32, 3)}
+    }}}  # fmt: skip
+    if kind == "merged":
+        lora = jax.device_put(lora, of_candidates(mesh, abstract, lora))
+    delta = merge_lora(lora, jnp.ones(4), "ties", "delta", density=0.5)
+    if kind == "host":
+        delta = jax.device_get(delta)
+    moved = add_delta(base, delta)
+    for one, other in zip(jax.tree.leaves(base), jax.tree.leaves(moved), strict=True):
+        assert one.sharding == other.sharding and one.dtype == other.dtype
+    up = base["layers"]["mlp"]["up"]["weight"]
+    expected = (np.asarray(up, np.float32) + np.asarray(delta["layers"]["mlp"]["up"]["weight"])).astype(up.dtype)
+    np.testing.assert_array_equal(np.asarray(moved["layers"]["mlp"]["up"]["weight"]), expected)

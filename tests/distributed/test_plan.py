@@ -13,7 +13,8 @@ from unlearnjax.distributed.costs import Costs
 from unlearnjax.distributed.estimate import estimate, fastest, meshes, most_candidates, step_flops
 from unlearnjax.distributed.mesh import make_mesh
 from unlearnjax.distributed.plan import Compiled, Plan, Tried, compile_program, make_plan, plan_as_plain, render
-from unlearnjax.distributed.programs import Workload, training_step
+from unlearnjax.distributed.programs import Workload, merge_step, training_step
+from unlearnjax.distributed.rules import whole
 from unlearnjax.distributed.topology import CHIPS, chip_of, parse_topology, tpu_devices
 from unlearnjax.errors import UserError
 from unlearnjax.models.abstract import weight_bytes
@@ -72,7 +73,7 @@ def test_the_closed_form_knows_how_many_sides_an_objective_reads():
 def test_a_loop_of_unknown_length_is_told():
     own = Compiled("merge", True, {}, 0, 0, 2**30, Costs(1e12, 1e9, {}, 1), 1.0)
     tried = Tried({"candidate": 8}, own)
-    text = render(plan_as_plain(Plan(EIGHT, Workload(8), [tried], tried, [])))
+    text = render(plan_as_plain(Plan(EIGHT, Workload(8), [tried], tried)))
     assert "length of a loop is not in the program" in text and "bound by products" in text
 
 
@@ -93,7 +94,7 @@ def test_the_command_needs_no_more_than_a_configuration(tmp_path, capsys):
     command = ["plan", "--model", str(tmp_path), "--candidates", "4", "--rank", "8", "--length", "128", "--quiet"]
     assert main([*command, "--topology", "v5e-4", "--mesh", "candidate=4", "--out", str(out)]) == 0
     said = capsys.readouterr().out
-    assert "generation step: fits" in said and "ties of one linear: fits" in said
+    assert "generation step: fits" in said and "ties of all linears: fits" in said
     found = json.loads(out.read_text())
     assert found["best"] == "candidate=4" and found["tried"][0]["gib"]["base weights"] > 0
     assert main([*command, "--topology", "h100-8"]) == 0
@@ -120,10 +121,12 @@ def test_bad_input(tmp_path, capsys, arguments, words):
 
 
 @pytest.mark.slow
-def test_sixteen_candidates_of_olmo_7b_fit_eight_chips():
-    found = make_plan(OLMO_7B, EIGHT, Workload(16), {"candidate": 2, "fsdp": 4}, whole=False)
-    own = found.best.training
+def test_sixteen_candidates_of_olmo_7b_fit_eight_chips_and_their_merge_does_too():
+    found = make_plan(OLMO_7B, EIGHT, Workload(16), {"candidate": 2, "fsdp": 4})
+    own, (generation, merged) = found.best.training, found.best.others
     assert own.fits and own.total < 12 * 2**30
+    assert generation.fits and merged.fits and merged.temporary < 5 * 2**30
+    assert {"base weights", "candidates", "results"} <= set(merged.held)
     assert own.costs.flops == pytest.approx(step_flops(OLMO_7B, Workload(16)) / 8, rel=0.01)
 
 
@@ -193,3 +196,35 @@ def test_a_mesh_that_the_compiler_fails_at_is_passed_over(monkeypatch):
     asked.clear()
     with pytest.raises(UserError, match=r"v5e:2x4: mesh fsdp=8: the compiler failed .*; try another --mesh"):
         make_plan(SMALL, EIGHT, Workload(2, 1, 32, 2), {"fsdp": 8}, whole=False)
+
+
+def _compiled(name, gib, fits=True):
+    return Compiled(
+        name, fits, {}, 0, int(gib * 2**30), 16 * 2**30, Costs(gib * 1e12, 1e9, {}, 0) if fits else None, 1.0
+    )
+
+
+def test_a_mesh_whose_merge_does_not_fit_is_not_the_best(monkeypatch):
+    """The first mesh trains faster, and cannot merge."""
+    for name in ("training_step", "generation_step", "merge_step"):
+        monkeypatch.setattr(plan, name, lambda config, mesh, *more, name=name: (name, dict(mesh.shape)))
+    first, second = meshes(SMALL, Workload(2), 8, EIGHT.chip)[:2]
+
+    def compiled(program, chip):
+        name, sizes = program
+        return _compiled(name, 1 if sizes == first else 2, fits=name != "merge_step" or sizes == second)
+
+    monkeypatch.setattr(plan, "compile_program", compiled)
+    found = make_plan(SMALL, EIGHT, Workload(2), tries=2)
+    assert found.best.sizes == second and not found.tried[0].fits
+    assert "merge_step: does not fit" in render(plan_as_plain(found))
+
+
+def test_what_lies_beside_a_merge_counts():
+    """A base too large to lie beside the merge of a narrow model."""
+    mesh, work = make_mesh({"candidate": 8}, v5e()), Workload(2, rank=2)
+    program = merge_step(SMALL, mesh, work, "linear", {})
+    alone = compile_program(program, EIGHT.chip)
+    assert alone.fits and alone.held["base weights"] == weight_bytes(SMALL, "bfloat16")
+    beside = {**program.beside, "another model": jax.ShapeDtypeStruct((16 * 2**30,), "int8", sharding=whole(mesh))}
+    assert not compile_program(program._replace(beside=beside), EIGHT.chip).fits

@@ -4,8 +4,20 @@ import jax
 import numpy as np
 import pytest
 
+from unlearnjax.distributed.mesh import make_mesh
+from unlearnjax.distributed.rules import sharding, whole
 from unlearnjax.errors import UserError
-from unlearnjax.merging import concatenate_lora, lora_delta, merge, merge_lora, to_lora, truncation_errors
+from unlearnjax.merging import (
+    concatenate_lora,
+    lora_delta,
+    merge,
+    merge_lora,
+    methods,
+    spherical,
+    to_lora,
+    truncation_errors,
+)
+from unlearnjax.merging.api import merge_stacked
 
 N, L, R = 2, 3, 4
 DIMENSIONS = {"q": (6, 8), "down": (8, 12)}
@@ -184,3 +196,56 @@ def test_bad_input_is_one_clear_line(case):
     with pytest.raises(UserError, match=message) as error:
         call(adapters())
     assert "\n" not in str(error.value)
+
+
+EVERY = [
+    (m, r) for m in methods().values() for r in m.rules
+    if "delta" in r.spaces and not r.wants_base({p.name: p.default for p in r.hyperparameters})
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "rule"), [pytest.param(m, r, id=f"{m.name}-{r.semantics}") for m, r in EVERY])
+def test_deltas_formed_layer_by_layer_merge_as_those_formed_at_once(method, rule):
+    """Bit for bit, on one device and where the rows lie on eight."""
+    n = min(max(rule.least, 2), rule.most or 2)
+    draw = lambda *shape: np.random.default_rng(shape[-1]).normal(size=shape).astype(np.float32)  # noqa: E731
+    lora = {"q": {"a": draw(n, L, R, 8), "b": draw(n, L, 16, R)}, "up": {"a": draw(n, L, R, 8), "b": draw(n, L, 24, R)}}
+    settings = {p.name: 0.5 for p in rule.hyperparameters if p.required} | {"semantics": rule.semantics}
+    options = {"key": jax.random.key(1), **settings}
+    scale = np.linspace(0.5, 2.0, n).astype(np.float32)
+    formed = {name: pair["weight"] for name, pair in lora_delta(lora, scale).items()}
+    expected = merge_stacked(formed, method, stacked=1, **options)
+    mesh = make_mesh({"fsdp": 8})
+    for tree in (lora, jax.device_put(lora, whole(mesh))):
+        found = merge_lora(tree, scale, method, "delta", **options)
+        for name in lora:
+            # Sums of a matrix' entries may add in another order.
+            tolerance = 0 if tree is lora and method not in spherical.METHODS else 2e-5
+            np.testing.assert_allclose(found[name]["weight"], expected[name], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("method", "settings"), [
+    ("consensus", {}), ("ties", {"density": 0.2}), ("ties", {"density": 0.2, "semantics": "mergekit"}),
+])  # fmt: skip
+def test_a_merge_keeps_one_layers_deltas_in_memory(method, settings):
+    layers, n, width, mesh = 16, 4, 512, make_mesh({"candidate": 2, "fsdp": 4})
+    pair = {
+        "a": jax.ShapeDtypeStruct((n, layers, R, width), np.float32, sharding=whole(mesh)),
+        "b": jax.ShapeDtypeStruct((n, layers, width, R), np.float32, sharding=sharding(
+            mesh, (None, None, "merged", None), (n, layers, width, R))),
+    }  # fmt: skip
+    program = jax.jit(lambda tree: merge_lora(tree, np.ones(n, np.float32), method, "delta", **settings))
+    memory = program.lower({"up": pair}).compile().memory_analysis()
+    one = n * width * width * 4 / 8  # of a layer, on a device
+    histograms = layers * n * 4096 * 4  # of the samples that thresholds are looked for with
+    assert memory.temp_size_in_bytes < 6 * one + 2 * histograms < layers * one
+
+
+def test_deltas_that_overflow_are_found_though_their_factors_are_finite():
+    lora = adapters()
+    leaf(lora, "q")["a"][1, 2] = 1e30
+    leaf(lora, "q")["b"][1, 2] = 1e30
+    with pytest.raises(UserError, match="attention/q of candidate 1 holds NaN or Inf"):
+        merge_lora(lora, SCALE, "linear", "delta")
+    leaf(lora, "q")["a"][1, 2] = 1e-30  # large factors whose product is small
+    assert np.isfinite(leaf(merge_lora(lora, SCALE, "linear", "delta"), "q")["weight"]).all()

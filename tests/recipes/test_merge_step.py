@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from unlearnjax.adapters.apply import add_delta
+from unlearnjax.distributed.mesh import make_mesh
 from unlearnjax.errors import UserError
 from unlearnjax.merging.lora_space import lora_delta
+from unlearnjax.recipes import merge_step
 from unlearnjax.recipes.evaluate_step import _summary
 from unlearnjax.recipes.export_step import choose_export
 from unlearnjax.recipes.merge_step import at_scale, delta_of, describe, export, merge_candidates
@@ -251,3 +253,29 @@ def test_any_seed_of_a_recipe_makes_a_key():
     (merge,) = recipe_with({"method": "ties", "density": 0.5}).merges
     one, two = (merge_candidates(merge, STACK, SCALE, [0, 1], seed) for seed in (0, 2**32 - 1))
     assert jax.tree.all(jax.tree.map(lambda x, y: bool(jnp.all(x == y)), one.delta, two.delta))
+
+
+def test_full_deltas_are_merged_on_all_devices_and_none_holds_the_stack(monkeypatch):
+    """Of candidates that trained different tensors."""
+    rng = np.random.default_rng(3)
+    draw = lambda *shape: {"weight": rng.normal(size=shape).astype(np.float32)}  # noqa: E731
+    deltas = {i: {"layers": {"mlp": {"up": draw(2, 8, 6)}, "norm": draw(2, 8)}} for i in range(2)}
+    deltas[2] = {"layers": {"norm": draw(2, 8)}}
+    real, shares = merge_step.merge_stacked, []
+
+    def spying(stack, *args, **more):
+        shares.extend(x.addressable_shards[0].data.size / x.size for x in stack.values())
+        return real(stack, *args, **more)
+
+    monkeypatch.setattr(merge_step, "merge_stacked", spying)
+    mesh = make_mesh({"candidate": 2, "fsdp": 4})
+    for kind in ({"method": "ties", "density": 0.5}, {"method": "linear"}):
+        wanted = recipe_with(kind).merges[0]
+        alone = merge_candidates(wanted, STACK, SCALE, [0, 1, 2], 0, deltas=deltas)
+        assert set(shares) == {1.0}
+        shares.clear()
+        meshed = merge_candidates(wanted, STACK, SCALE, [0, 1, 2], 0, deltas=deltas, mesh=mesh)
+        assert set(shares) == {1 / 8}
+        shares.clear()
+        for a, b in zip(jax.tree.leaves(alone.delta), jax.tree.leaves(meshed.delta), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from unlearnjax.distributed.costs import Costs, costs
 from unlearnjax.distributed.estimate import estimate, meshes
@@ -25,6 +26,7 @@ from unlearnjax.errors import UserError
 from unlearnjax.models.config import ModelConfig
 
 TRIED = 3  # meshes that are compiled where none is asked for
+_RESERVED = 2**28  # bytes that programs may not have: v5e's compiler gives them 15.75 of 16 GiB
 _TOO_LARGE = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -32,7 +34,8 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 class Compiled(NamedTuple):
     """One program on one mesh. Bytes are of one device.
 
-    held: arguments by kind, what tiles pad them with, results that take no argument's place, the program's code.
+    held: arguments by kind, what stays there beside them, what tiles pad arguments with, results that take no
+    argument's place, the program's code.
     temporary: what it needs beside them; where it does not fit, what it would.
     total: at its largest. available: what a program may have. costs: None where it does not fit.
     """
@@ -74,11 +77,14 @@ def compile_program(program: Program, chip: Chip) -> Compiled:
     Raises:
       JaxRuntimeError: it does not compile, for another reason than its memory.
     """
-    held = {kind: bytes_on_a_device(tree) for kind, tree in program.held.items()}
+    arguments = {kind: bytes_on_a_device(tree) for kind, tree in program.held.items()}
+    beside = {kind: bytes_on_a_device(tree) for kind, tree in program.beside.items()}
+    held = {**arguments, **beside}
     began = time.perf_counter()
     kept = jax.config.values["jax_enable_compilation_cache"]
     # A program for devices that are not there can be kept, but not read back.
     jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # it keeps in mind whether it is used
     try:
         with tempfile.TemporaryDirectory() as name:
             options = {
@@ -95,38 +101,45 @@ def compile_program(program: Program, chip: Chip) -> Compiled:
                     needed = int(float(large[1]) * _UNITS[large[2]])
                     available = int(float(large[3]) * _UNITS[large[4]])
                 seconds = time.perf_counter() - began
-                return Compiled(program.name, False, held, needed, needed, available, None, seconds)
+                total = needed + sum(beside.values())
+                return Compiled(program.name, False, held, needed, total, available, None, seconds)
             optimized = _text(Path(name), "*.after_optimizations.txt") or compiled.as_text()
             partitioned = _text(Path(name), "*.after_*before_pipeline-end.txt")
     finally:
         jax.config.update("jax_enable_compilation_cache", kept)
+        compilation_cache.reset_cache()
     memory = compiled.memory_analysis()
-    held["padding"] = memory.argument_size_in_bytes - sum(held.values())
+    held["padding"] = memory.argument_size_in_bytes - sum(arguments.values())
     held["results"] = memory.output_size_in_bytes - memory.alias_size_in_bytes
     held["code"] = memory.generated_code_size_in_bytes
     total = sum(held.values()) + memory.temp_size_in_bytes
-    own = costs(optimized, partitioned)
+    # The compiler answers for the program alone, not for what is beside it.
+    fits, own = not beside or total + _RESERVED <= chip.memory, costs(optimized, partitioned)
     seconds = time.perf_counter() - began
     return Compiled(
-        program.name, True, held, memory.temp_size_in_bytes, total, int(chip.memory), own, seconds
+        program.name, fits, held, memory.temp_size_in_bytes, total, int(chip.memory), own, seconds
     )  # fmt: skip
 
 
 class Tried(NamedTuple):
-    """A mesh and what its training step takes."""
+    """A mesh, what its training step takes, and what the other programs that were compiled for it take."""
 
     sizes: dict[str, int]
     training: Compiled
+    others: tuple[Compiled, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        return all(own.fits for own in (self.training, *self.others))
 
 
 class Plan(NamedTuple):
-    """The meshes that were compiled, the best of them (None: none fits), and its other programs."""
+    """The meshes that were compiled, and the fastest at training of those whose programs all fit (None: none)."""
 
     topology: Topology
     workload: Workload
     tried: list[Tried]
     best: Tried | None
-    others: list[Compiled]
 
 
 def make_plan(
@@ -142,9 +155,9 @@ def make_plan(
     """Compile a job's programs for a TPU slice.
 
     Args:
-      sizes: of the mesh; None: the `tries` that an estimate calls fastest are compiled, and the fastest that fits is
-        taken.
-      whole: the generation step and a merge too, not the training step alone.
+      sizes: of the mesh; None: the `tries` that an estimate calls fastest are compiled, and the fastest whose programs
+        all fit is taken.
+      whole: the generation step and a merge must fit too, not the training step alone.
       say: told what is being compiled.
 
     Raises:
@@ -163,17 +176,23 @@ def make_plan(
             say(failed)
     if not tried:
         raise UserError(f"--topology {topology.name}: {failed}; try another --mesh")
-    fitting = [t for t in tried if t.training.fits]
-    best = min(fitting, key=lambda t: t.training.bound(topology.chip)[1], default=None)
-    others = []
-    if best is not None and whole:
-        mesh = make_mesh(best.sizes, devices)
-        say("compiling the generation step and a merge")
-        others = [
-            compile_program(generation_step(config, mesh, workload), topology.chip),
-            compile_program(merge_step(config, mesh, workload, "ties", {"density": 0.2}), topology.chip),
-        ]
-    return Plan(topology, workload, tried, best, others)
+    best = None
+    # The fastest first: of those behind the first that fits nothing more needs to be known.
+    order = sorted((t for t in tried if t.training.fits), key=lambda t: t.training.bound(topology.chip)[1])
+    for own_try in order:
+        if whole:
+            say(f"compiling the generation step and a merge, mesh {describe_sizes(own_try.sizes)}")
+            tried[tried.index(own_try)] = own_try = _with_others(own_try, config, devices, workload, topology.chip)
+        if own_try.fits:
+            best = own_try
+            break
+    return Plan(topology, workload, tried, best)
+
+
+def _with_others(tried: Tried, config: ModelConfig, devices: list[Any], w: Workload, chip: Chip) -> Tried:
+    mesh = make_mesh(tried.sizes, devices)
+    others = generation_step(config, mesh, w), merge_step(config, mesh, w, "ties", {"density": 0.2})
+    return tried._replace(others=tuple(compile_program(own, chip) for own in others))
 
 
 def _gib(size: float) -> float:
@@ -217,9 +236,16 @@ def plan_as_plain(found: Plan) -> dict[str, Any]:
         "topology": found.topology.name,
         "devices": found.topology.devices,
         "workload": found.workload._asdict(),
-        "tried": [{"mesh": describe_sizes(t.sizes), **as_plain(t.training, chip)} for t in found.tried],
+        "tried": [
+            {
+                "mesh": describe_sizes(t.sizes),
+                **as_plain(t.training, chip),
+                "others": [as_plain(own, chip) for own in t.others],
+            }
+            for t in found.tried
+        ],
         "best": None if found.best is None else describe_sizes(found.best.sizes),
-        "others": [as_plain(own, chip) for own in found.others],
+        "others": [] if found.best is None else [as_plain(own, chip) for own in found.best.others],
     }
 
 
@@ -249,12 +275,12 @@ def render(plain: Mapping[str, Any]) -> str:
         return "\n".join(lines)
     for own in plain["tried"]:
         lines += [f"\nmesh {own['mesh']}", *_rendered(own)]
+        for other in own["others"]:
+            lines += _rendered(other)
     if plain["best"] is None:
         lines.append("\nnone of these fits: more devices, fewer candidates, or --tokens-at-once")
     else:
         lines.append(f"\nbest: --mesh {plain['best']}")
-        for own in plain["others"]:
-            lines += _rendered(own)
     return "\n".join(lines)
 
 

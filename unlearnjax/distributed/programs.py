@@ -20,6 +20,7 @@ from unlearnjax.distributed.rules import (
     whole,
 )
 from unlearnjax.evaluation.generate import places, programs
+from unlearnjax.merging.api import find_rule
 from unlearnjax.merging.lora_space import merge_lora
 from unlearnjax.models.abstract import shapes
 from unlearnjax.models.config import ModelConfig
@@ -58,11 +59,13 @@ class Workload(NamedTuple):
 
 
 class Program(NamedTuple):
-    """`lower()` gives what compiles. `held`: the arguments by kind, as shapes with their shardings."""
+    """`lower()` gives what compiles. `held`: the arguments by kind, as shapes with their shardings. `beside`: what is
+    on the devices meanwhile and no argument."""
 
     name: str
     lower: Any
     held: dict[str, PyTree[jax.ShapeDtypeStruct]]
+    beside: dict[str, PyTree[jax.ShapeDtypeStruct]] = {}  # noqa: RUF012 (never written to)
 
 
 def laid(tree: PyTree[Any], places: PyTree[Any]) -> Any:
@@ -178,21 +181,42 @@ def generation_step(config: ModelConfig, mesh: Mesh, w: Workload) -> Program:
 
 
 def merge_step(config: ModelConfig, mesh: Mesh, w: Workload, method: str, settings: Mapping[str, Any]) -> Program:
-    """The merge of all candidates in delta space, of the largest linear: merges go linear by linear."""
-    block, name = max(((b, n) for n, (b, *_) in config.linears.items()), key=lambda x: _size(config, x[1]))
-    _, out, inner = config.linears[name]
-    a, b = (w.candidates, config.layers, w.rank, inner), (w.candidates, config.layers, out, w.rank)
-    pair = {
-        "a": jax.ShapeDtypeStruct(a, jnp.float32, sharding=whole(mesh)),
-        "b": jax.ShapeDtypeStruct(b, jnp.float32, sharding=sharding(mesh, (None, None, "merged", None), b)),
-    }
+    """The merge of all candidates in delta space: of the largest linear, or of all linears at once where the method's
+    statistics are of the whole model.
+
+    The base, the adapters as training laid them out, and the other linears' merged deltas stay on the devices beside.
+    """
+    _, rule = find_rule(method, settings.get("semantics"))
+    largest = max(config.linears, key=lambda name: _size(config, name))
+    names = list(config.linears) if rule.scope == "tree" else [largest]
+    tree: dict[str, Any] = {}
+    for name in names:
+        block, out, inner = config.linears[name]
+        a, b = (w.candidates, config.layers, w.rank, inner), (w.candidates, config.layers, out, w.rank)
+        tree.setdefault(block, {})[name] = {
+            "a": jax.ShapeDtypeStruct(a, jnp.float32, sharding=whole(mesh)),
+            "b": jax.ShapeDtypeStruct(b, jnp.float32, sharding=sharding(mesh, (None, None, "merged", None), b)),
+        }
+    tree = {"layers": tree}
     scale = jax.ShapeDtypeStruct((w.candidates,), jnp.float32, sharding=whole(mesh))
-    tree = {"layers": {block: {name: pair}}}
 
     def run(tree: PyTree[Any], scale: Any) -> PyTree[Any]:
         return merge_lora(tree, scale, method, "delta", **settings)
 
-    return Program(f"{method} of one linear", lambda: jax.jit(run).lower(tree, scale), {"adapters": tree})
+    model = _model(config)
+    done = [_merged(config, mesh, name) for name in config.linears if name not in names]
+    beside = {
+        "base weights": _base(model, mesh, w.dtype), "candidates": _adapters(model, mesh, w), "other deltas": done,
+    }  # fmt: skip
+    what = "all linears" if rule.scope == "tree" else "one linear"
+    return Program(f"{method} of {what}", lambda: jax.jit(run).lower(tree, scale), {"adapters": tree}, beside)
+
+
+def _merged(config: ModelConfig, mesh: Mesh, linear: str) -> jax.ShapeDtypeStruct:
+    """A linear's merged delta where a merge leaves it (see `cut_for_merging`)."""
+    _, out, inner = config.linears[linear]
+    shape = (config.layers, out, inner)
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding(mesh, (None, "merged", None), shape))
 
 
 def _size(config: ModelConfig, linear: str) -> int:

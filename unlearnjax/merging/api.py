@@ -18,6 +18,8 @@ from unlearnjax.merging import arithmetic, engine, host, ram, sce, spherical, sw
 from unlearnjax.merging.consensus import CONFLICT_ONLY, CONSENSUS
 from unlearnjax.merging.linear import LINEAR, UNIFORM
 from unlearnjax.merging.magmax import MAGMAX
+from unlearnjax.merging.product import Product, is_product, largest_possible
+from unlearnjax.merging.product import finite as product_finite
 from unlearnjax.merging.protocol import Hyperparameter, MergeMethod, Rule, Settings, State
 from unlearnjax.merging.ties import TIES
 
@@ -83,7 +85,12 @@ def merge_stacked(
     **hyperparameters: Any,
 ) -> PyTree[Float[Array, "..."]]:
     """`merge` for leaves whose `stacked` axes after N stack separate tensors (layers): a trim per tensor is then one
-    per layer's matrix, as the codes that keep layers apart compute it."""
+    per layer's matrix, as the codes that keep layers apart compute it.
+
+    Leaves may be `Product`s, whose deltas are formed one layer at a time, in each pass over the data again. Only where
+    a CPU merges by statistics of the whole tree are all of them formed at once: there the host finds thresholds faster
+    than passes do, and memory is what it costs.
+    """
     method, rule = find_rule(method, semantics)
     paths, leaves, treedef = _leaves(deltas, stacked)
     n = leaves[0].shape[0]
@@ -91,7 +98,7 @@ def merge_stacked(
     settings = check_hyperparameters(method, rule, hyperparameters)
     check_each(method, rule, settings, n)
     weights = _weights(method, rule, weights, n, settings)
-    if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+    if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(leaves)):
         _check_finite(paths, leaves)
     bases = _bases(method, rule.wants_base(settings), base, paths, leaves, treedef)
     if rule.needs_key and key is None:
@@ -101,6 +108,8 @@ def merge_stacked(
     numbers = {p.name: jnp.asarray(settings[p.name], jnp.float32) for p in rule.hyperparameters if not p.static}
     starts = _starts(rule, leaves, n, settings, stacked)
     if stacked == 0 or rule.scope == "tree":
+        if host.settles(rule, leaves, starts):
+            leaves = [leaf.all_layers() if isinstance(leaf, Product) else leaf for leaf in leaves]
         starts = host.settle(rule, leaves, starts, settings)
     merged = _compiled(rule, tuple(static.items()), stacked)(leaves, weights, starts, keys, bases, numbers)
     return jax.tree.unflatten(treedef, merged)
@@ -114,7 +123,7 @@ def _compiled(rule: Rule, static: tuple[tuple[str, Any], ...], stacked: int) -> 
     return jax.jit(program)
 
 
-def _starts(rule: Rule, leaves: list[Array], n: int, settings: Settings, stacked: int) -> list[State]:
+def _starts(rule: Rule, leaves: list[Any], n: int, settings: Settings, stacked: int) -> list[State]:
     if rule.scope == "tree":
         return [rule.start(sum(leaf.size for leaf in leaves) // n, n, settings)]
     return [rule.start(math.prod(leaf.shape[1 + stacked :]), n, settings) for leaf in leaves]
@@ -135,20 +144,20 @@ def find_rule(method: str | MergeMethod, semantics: str | None) -> tuple[MergeMe
     return method, method.rule(semantics)
 
 
-def _leaves(deltas: PyTree, stacked: int) -> tuple[list[str], list[Array], Any]:
-    flat, treedef = jax.tree_util.tree_flatten_with_path(deltas)
+def _leaves(deltas: PyTree, stacked: int) -> tuple[list[str], list[Any], Any]:
+    flat, treedef = jax.tree_util.tree_flatten_with_path(deltas, is_leaf=is_product)
     if not flat:
         raise UserError("merge: the deltas are an empty tree; give at least one array")
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") or "the array" for path, _ in flat]
-    leaves = []
+    leaves: list[Any] = []
     for path, (_, leaf) in zip(paths, flat, strict=True):
-        if not isinstance(leaf, (np.ndarray, jax.Array)):
+        if not isinstance(leaf, (np.ndarray, jax.Array, Product)):
             leaf = np.asarray(leaf)
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise UserError(f"merge: {path} is {leaf.dtype}, and only floating deltas are merged; leave it out")
         if leaf.ndim < 1 + stacked:
             raise UserError(f"merge: {path} has shape {leaf.shape} and lacks the leading axis of candidates")
-        leaves.append(jnp.asarray(leaf))
+        leaves.append(leaf if isinstance(leaf, Product) else jnp.asarray(leaf))
     n = leaves[0].shape[0]
     for path, leaf in zip(paths, leaves, strict=True):
         if leaf.shape[0] != n:
@@ -259,19 +268,28 @@ def _finite(leaves: list[Array]) -> list[Bool[Array, "N"]]:
     return [jnp.stack([jnp.isfinite(leaf[i]).all() for i in range(leaf.shape[0])]) for leaf in leaves]
 
 
-def _check_finite(paths: list[str], leaves: list[Array]) -> None:
-    found: Sequence[Any] | None = host.all_finite(leaves)
-    if found is None:
-        with jax.ensure_compile_time_eval():  # concrete arrays may be merged inside a trace
-            found = _finite(leaves)
-    for path, finite in zip(paths, found, strict=True):
+def _check_finite(paths: list[str], leaves: list[Any]) -> None:
+    with jax.ensure_compile_time_eval():  # concrete arrays may be merged inside a trace
+        products = {path: leaf for path, leaf in zip(paths, leaves, strict=True) if isinstance(leaf, Product)}
+        found = {path: _finite_product(leaf) for path, leaf in products.items()}
+        arrays = {path: leaf for path, leaf in zip(paths, leaves, strict=True) if path not in products}
+        if arrays:
+            own: Sequence[Any] = host.all_finite(list(arrays.values())) or _finite(list(arrays.values()))
+            found |= zip(arrays, own, strict=True)
+    for path, finite in found.items():
         bad = np.flatnonzero(~np.asarray(fetch(finite)))
         if bad.size:
             raise UserError(f"merge: {path} of candidate {bad[0]} holds NaN or Inf; leave that candidate out")
 
 
+def _finite_product(leaf: Product) -> Any:
+    """Which candidates' deltas are finite: by their factors, and only where these may be too large by the deltas."""
+    sure = np.asarray(fetch(largest_possible(leaf))) < np.finfo(np.float32).max / 2
+    return sure if sure.all() else product_finite(leaf)
+
+
 def _bases(
-    method: MergeMethod, wanted: bool, base: PyTree | None, paths: list[str], leaves: list[Array], treedef: Any
+    method: MergeMethod, wanted: bool, base: PyTree | None, paths: list[str], leaves: list[Any], treedef: Any
 ) -> list[Array | None]:
     if base is None:
         if wanted:

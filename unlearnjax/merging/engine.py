@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32
 from unlearnjax_kernels.dare.api import Part
 
+from unlearnjax.merging.product import Product
 from unlearnjax.merging.protocol import Draws, Round, Rule, Settings, State
 
 
 def run(
     rule: Rule,
-    leaves: Sequence[Float[Array, "N ..."]],
+    leaves: Sequence[Float[Array, "N ..."] | Product],
     weights: Float32[Array, "N"],
     starts: Sequence[State],
     keys: Sequence[Array | None],
@@ -27,7 +28,8 @@ def run(
     """Merges the leaves of one tree. Pure and traceable; checks nothing.
 
     Args:
-        leaves: [N, ...] each, any floating dtype.
+        leaves: [N, ...] each, any floating dtype; or a `Product`, of which one layer is formed at a time, anew in each
+            pass over the data.
         starts: `rule.start` for each leaf (scope "leaf") or once for all of them (scope "tree").
         keys, bases: one per leaf, or None.
         stacked: how many axes after N only stack separate tensors ([N, layers, out, in]: 1). Scope "leaf" then means
@@ -55,7 +57,7 @@ def run(
 
     state = _rounds(rule, state, settings, tree_partials)
 
-    def merged(leaf: Array, key: Array | None, base: Array | None, part: Part | None) -> Array:
+    def merged(leaf: Array | Product, key: Array | None, base: Array | None, part: Part | None) -> Array:
         def tensor(deltas: Array, key: Array | None, base: Array | None) -> Float32[Array, "..."]:
             return rule.combine(deltas, weights, state, Draws.of(key, part), base, settings)
 
@@ -64,9 +66,9 @@ def run(
     return [merged(*member).astype(dtype) for member, dtype in zip(members, dtypes, strict=True)]
 
 
-def widened(leaf: Float[Array, "N ..."]) -> Float32[Array, "N ..."]:
-    """The leaf in float32. On a CPU a barrier follows, which lets XLA write it out: LLVM does not vectorise comparisons
-    of 16-bit loads."""
+def widened(leaf: Any) -> Any:
+    """The leaf in float32, as a `Product` is. On a CPU a barrier follows, which lets XLA write it out: LLVM does not
+    vectorise comparisons of 16-bit loads."""
     if leaf.dtype == jnp.float32:
         return leaf
     wide = lambda x: x.astype(jnp.float32)  # noqa: E731
@@ -75,7 +77,7 @@ def widened(leaf: Float[Array, "N ..."]) -> Float32[Array, "N ..."]:
 
 def _leaf(
     rule: Rule,
-    leaf: Float[Array, "N ..."],
+    leaf: Float[Array, "N ..."] | Product,
     weights: Float32[Array, "N"],
     start: State,
     key: Array | None,
@@ -116,7 +118,7 @@ def _rounds(rule: Rule, state: State, settings: Settings, partials: Callable[[Ro
 
 def _partials(
     round_: Round,
-    members: Sequence[tuple[Array, Array | None, Array | None, Part | None]],
+    members: Sequence[tuple[Array | Product, Array | None, Array | None, Part | None]],
     weights: Array,
     state: State,
     settings: Settings,
@@ -135,11 +137,24 @@ def _partials(
     return result
 
 
-def _stacked(tensor: Callable[..., Any], stacked: int, leaf: Array, key: Array | None, base: Array | None) -> Any:
-    """`tensor(deltas, key, base)` mapped over the stacked axes, each tensor with a key of its own."""
+def _stacked(tensor: Callable[..., Any], stacked: int, leaf: Any, key: Array | None, base: Array | None) -> Any:
+    """`tensor(deltas, key, base)` mapped over the stacked axes, each tensor with a key of its own.
+
+    The layers of a `Product` are walked one after another instead: deltas of one layer lie in memory, not of all.
+    """
     if stacked == 0:
         return tensor(leaf, key, base)
     layers = leaf.shape[1]
+
+    def inner(deltas: Array, k: Array | None, b: Array | None) -> Any:
+        return _stacked(tensor, stacked - 1, deltas, k, b)
+
+    if isinstance(leaf, Product):
+
+        def layer(i: Array) -> Any:
+            own = None if key is None else jax.random.fold_in(key, i)
+            return inner(leaf.layer(i), own, None if base is None else base[i])
+
+        return jax.lax.map(layer, jnp.arange(layers))
     keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(layers))
-    inner = lambda deltas, k, b: _stacked(tensor, stacked - 1, deltas, k, b)  # noqa: E731
     return jax.vmap(inner, in_axes=(1, 0, 0))(leaf, keys, base)

@@ -17,11 +17,18 @@ def settle(rule: Rule, leaves: Sequence[Float[Array, "N ..."]], starts: list[Sta
     Args:
         starts: `rule.start` for each leaf (scope "leaf") or once for all of them (scope "tree").
     """
-    if not rule.rounds or rule.rounds[0].at_once is None or not all(map(_here, jax.tree.leaves((leaves, starts)))):
+    if not settles(rule, leaves, starts):
         return starts
     arrays = [np.asarray(leaf) for leaf in leaves]
     groups = [arrays] if rule.scope == "tree" else [[array] for array in arrays]
     return [at_once(rule, group, state, settings) for group, state in zip(groups, starts, strict=True)]
+
+
+def settles(rule: Rule, leaves: Sequence[Any], starts: list[State]) -> bool:
+    """Whether the host can do the first of the rule's rounds at once."""
+    return (
+        bool(rule.rounds) and rule.rounds[0].at_once is not None and all(map(_here, jax.tree.leaves((leaves, starts))))
+    )
 
 
 def at_once(rule: Rule, leaves: Leaves, state: State, settings: Settings) -> State:

@@ -25,6 +25,7 @@ from unlearnjax.errors import UserError, nearest
 from unlearnjax.merging.api import check_hyperparameters, find_rule, merge_stacked
 from unlearnjax.merging.core_space import merge_core
 from unlearnjax.merging.lora_tree import linears_of, nest, per_candidate, stack_of
+from unlearnjax.merging.product import Product, scaled_product
 from unlearnjax.merging.protocol import MergeMethod, Rule
 
 SPACES = ("delta", "core", "factors")
@@ -70,6 +71,9 @@ def merge_lora(
 ) -> PyTree:
     """Merges a stack of N LoRA adapters.
 
+    In space "delta" the candidates' deltas are formed one layer at a time, not those of all layers: also for the passes
+    of rules whose statistics are of the whole model (`merge_stacked` says where not).
+
     Args:
         lora: {"a": [N, L, r, in], "b": [N, L, out, r]} for each linear.
         scale: [N], alpha / rank of each candidate.
@@ -108,11 +112,11 @@ def merge_lora(
     scale = per_candidate("scale", scale, linears)
     options: dict[str, Any] = {"semantics": rule.semantics, "key": key, "stacked": 1}
     if space == "delta":
-        # Where a tensor's merge asks for nothing of the others, one linear's deltas are formed at a time.
+        # Where a tensor's merge asks for nothing of the others, one linear's factors are laid out at a time.
         groups = [[path] for path in linears] if rule.scope == "leaf" else [list(linears)]
         merged: dict[str, Array] = {}
         for paths in groups:
-            deltas = {path: _product(path, cut_for_merging(linears[path]), scale) for path in paths}
+            deltas = {path: _unformed(path, cut_for_merging(linears[path]), scale) for path in paths}
             merged |= merge_stacked(deltas, found, weights=weights, **options, **hyperparameters)
         return nest({path: {"weight": delta} for path, delta in merged.items()})
     return _merge_factors(linears, scale, found, rule, weights, options, hyperparameters)
@@ -239,9 +243,18 @@ def _ratio(missed: float, size: float) -> float:
 
 
 def _product(path: str, pair: dict[str, Array], scale: Float32[Array, "*N"]) -> Float32[Array, "*N L out in"]:
+    return scaled_product(*_factors(path, pair, scale), scale)
+
+
+def _unformed(path: str, pair: dict[str, Array], scale: Float32[Array, "N"]) -> Product:
+    b, a = _factors(path, pair, scale)
+    return Product(a, b, scale)
+
+
+def _factors(
+    path: str, pair: dict[str, Array], scale: Float32[Array, "*N"]
+) -> tuple[Float32[Array, "*N L out r"], Float32[Array, "*N L r in"]]:
     a, b = pair["a"].astype(jnp.float32), pair["b"].astype(jnp.float32)
     if a.ndim != 3 + scale.ndim or a.shape[: scale.ndim] != scale.shape:
         raise UserError(f"lora_delta: scale of shape {scale.shape} does not fit {path}/a of shape {a.shape}")
-    # A TPU would multiply in bfloat16 by default, and deltas are float32.
-    product = jnp.matmul(b, a, precision=jax.lax.Precision.HIGHEST)
-    return scale.reshape(*scale.shape, 1, 1, 1) * product
+    return b, a

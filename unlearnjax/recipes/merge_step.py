@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
 from unlearnjax.adapters.lora import lora_weights, scaled
 from unlearnjax.distributed.processes import fetch
+from unlearnjax.distributed.rules import sharding
 from unlearnjax.errors import UserError
 from unlearnjax.merging.api import merge, merge_stacked
 from unlearnjax.merging.core_space import truncate_lora
@@ -85,12 +87,14 @@ def merge_candidates(
     seed: int,
     ranks: Sequence[int] | None = None,
     deltas: Mapping[int, PyTree[Array]] = MappingProxyType({}),
+    mesh: Mesh | None = None,
 ) -> Merged:
     """Merge the candidates `kept` of a stack ([N, ...] leaves, scale [N]); weights of the others are dropped.
 
     Args:
       ranks: of each of the N where the stack is padded; None: all are the stack's.
       deltas: of the candidates that are no LoRAs, by their place; a merge with one of them works on full deltas.
+      mesh: of the base, among whose devices the stacks of full deltas are cut.
 
     Raises:
       UserError: from the method (see `unlearnjax.merge`), or no candidate is left.
@@ -100,16 +104,18 @@ def merge_candidates(
     chosen = np.asarray(kept, np.int32)
     semantics = rule_of(wanted)[1].semantics
     if any(i in deltas for i in kept):
-        return _merge_deltas(wanted, semantics, [delta_at(i, stacked, scale, deltas) for i in kept], list(kept), seed)
+        own_deltas = [delta_at(i, stacked, scale, deltas) for i in kept]
+        return _merge_deltas(wanted, semantics, own_deltas, list(kept), seed, mesh)
     core = wanted.space == "core"
     used = None if ranks is None else [ranks[i] for i in kept]
     more: dict[str, Any] = {"ranks": used, "compress": wanted.compress} if core else {}
+    mine = _picked(stacked, chosen)
     result = merge_lora(
-        jax.tree.map(lambda x: x[chosen], stacked), scale[chosen], wanted.method, wanted.space,
+        mine, scale[chosen], wanted.method, wanted.space,
         weights=_weights(wanted, kept), semantics=semantics, key=jax.random.key(seed), **more, **wanted.hyperparameters,
     )  # fmt: skip
     in_factors = wanted.space != "delta"
-    adapters = scaled(jax.tree.map(lambda x: x[chosen], stacked), scale[chosen])
+    adapters = scaled(mine, scale[chosen])
     mean = float(np.mean(lengths(gram(adapters).whole)))
     own = float(lengths(gram(jax.tree.map(lambda x: x[None], result)).whole)[0]) if in_factors else _norm(result)
     factor = 1.0
@@ -123,12 +129,20 @@ def merge_candidates(
     return Merged(wanted, semantics, list(kept), lora, delta, length, factor)
 
 
+def _picked(stacked: PyTree[Array], chosen: np.ndarray) -> PyTree[Array]:
+    """These candidates of a stack; all of them are the stack itself, which lies where training laid it."""
+    count = jax.tree.leaves(stacked)[0].shape[0]
+    return stacked if list(chosen) == list(range(count)) else jax.tree.map(lambda x: x[chosen], stacked)
+
+
 def delta_at(i: int, stacked: PyTree[Array] | None, scale: Array, deltas: Mapping[int, PyTree[Array]]) -> PyTree[Array]:
     """Candidate i's change of the weights."""
     return deltas[i] if i in deltas else lora_delta(index(stacked, i), scale[i])
 
 
-def _merge_deltas(wanted: Merge, semantics: str, own: Sequence[PyTree[Array]], kept: list[int], seed: int) -> Merged:
+def _merge_deltas(
+    wanted: Merge, semantics: str, own: Sequence[PyTree[Array]], kept: list[int], seed: int, mesh: Mesh | None
+) -> Merged:
     """Merge full deltas. A tensor that a candidate did not train is zero in it."""
     named = [{jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(d)} for d in own]
     like = {name: leaf for one in named for name, leaf in one.items()}
@@ -137,7 +151,7 @@ def _merge_deltas(wanted: Merge, semantics: str, own: Sequence[PyTree[Array]], k
     parts = [list(like)] if rule.scope == "tree" else [[name] for name in like]
     merged: dict[str, np.ndarray] = {}
     for part in parts:
-        stack = {n: jnp.stack([one.get(n, jnp.zeros_like(like[n])) for one in named]) for n in part}
+        stack = {n: stacked_over(mesh, [one.get(n) for one in named], like[n].shape) for n in part}
         done = merge_stacked(
             stack, wanted.method, weights=_weights(wanted, kept), semantics=semantics, key=jax.random.key(seed),
             stacked=1, **wanted.hyperparameters,
@@ -153,6 +167,28 @@ def _merge_deltas(wanted: Merge, semantics: str, own: Sequence[PyTree[Array]], k
         delta = jax.tree.map(lambda x: x * factor, delta)
     length = own_length * factor / mean if mean > 0 else None
     return Merged(wanted, semantics, kept, None, delta, length, factor)
+
+
+def stacked_over(mesh: Mesh | None, own: Sequence[Any], shape: Sequence[int]) -> Array:
+    """Candidates' deltas of one tensor as [N, ...], each device with all candidates' part of some rows (see
+    `cut_for_merging`), so that none holds the whole stack.
+
+    Args:
+      own: None where a candidate did not train the tensor.
+      shape: of the tensor, its first axis the layers'.
+    """
+    if mesh is None:
+        return jnp.stack([jnp.zeros(shape, jnp.float32) if x is None else jnp.asarray(x) for x in own])
+    # In host memory, where those of candidates that trained weights are.
+    held = [None if x is None else fetch(x) for x in own]
+    axes = [None, None, "merged", *[None] * len(shape)][: 1 + len(shape)]
+    whole_shape = (len(own), *shape)
+
+    def cut(index: Any) -> np.ndarray:
+        zeros = np.broadcast_to(np.float32(0), shape)
+        return np.stack([(zeros if x is None else x)[index[1:]] for x in held])
+
+    return jax.make_array_from_callback(whole_shape, sharding(mesh, axes, whole_shape), cut)
 
 
 def overlaid(one: PyTree[Array], other: PyTree[Array]) -> PyTree[Array]:

@@ -74,12 +74,16 @@ def _no_search(options: Sequence[Merged]) -> Merged:
 
 
 def merge_all(
-    recipe: Recipe, trained: Trained, choose: Callable[[Sequence[Merged]], Merged] = _no_search
+    recipe: Recipe,
+    trained: Trained,
+    choose: Callable[[Sequence[Merged]], Merged] = _no_search,
+    mesh: Mesh | None = None,
 ) -> tuple[list[tuple[Merged, Exported]], list[str]]:
     """Every merge of the recipe over the candidates that did not diverge, and warnings about what was left out.
 
     Args:
       choose: the search of scales (`Searcher.choose`), for recipes that ask for one.
+      mesh: see `merge_candidates`.
     """
     kept = finished(trained.result)
     warnings = [
@@ -92,7 +96,7 @@ def merge_all(
 
     def merge(wanted: Merge) -> Merged:
         own, mine = _of(wanted, names, kept)
-        return merge_candidates(own, trained.lora, trained.scale, mine, recipe.training.seed, ranks, deltas)
+        return merge_candidates(own, trained.lora, trained.scale, mine, recipe.training.seed, ranks, deltas, mesh)
 
     def options(wanted: Merge) -> list[Merged]:
         each = [dataclasses.replace(wanted, of=[names[i]]) for i in kept] if wanted.of == EACH else []
@@ -297,7 +301,7 @@ def finish(
     save_candidates(out / "candidates", lm, recipe, trained)
     mesh = mesh_of(lm.params)
     searcher = Searcher(lm, recipe, data, journal, progress, stop)
-    merges, notes = merge_all(recipe, trained, searcher.choose)
+    merges, notes = merge_all(recipe, trained, searcher.choose, mesh)
     save_merges(out / "merges", lm, recipe, merges)
     adapters, kept = None if trained.lora is None else scaled(trained.lora, trained.scale), finished(trained.result)
     loras = {recipe.candidates[i].name: index(adapters, i) for i in kept if i not in trained.deltas}
