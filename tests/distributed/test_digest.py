@@ -69,3 +69,4 @@ def test_single_bits_spread_over_both_sums():
 
 def test_host_arrays():
     assert digest(X) == digest(X.copy(order="F")) and digest(X) != digest(X[::-1])
+    assert digest(3) == digest(np.int64(3)) != digest(4)

@@ -20,10 +20,11 @@ def digest_of(arrays: Iterable[tuple[str, Any]]) -> str:
     both by chance once in 2^64; this is no protection against arrays that were made to.
 
     Args:
-      arrays: names, and arrays of at most 5 axes. All processes of a job must give the same ones.
+      arrays: names, and arrays of at most 5 axes, or numbers. All processes of a job must give the same ones.
     """
     found = hashlib.sha256()
-    for name, leaf in arrays:
+    for name, given in arrays:
+        leaf = given if isinstance(given, jax.Array) else np.asarray(given)
         found.update(f"{name} {np.dtype(leaf.dtype)} {leaf.shape}\n".encode())
         if not leaf.size:
             continue
