@@ -3,8 +3,8 @@
     python benchmarks/meshes.py --out benchmarks/results/meshes_cpu.json
 
 `unlearnjax bench train` and `unlearnjax bench merge` in a process each, by turns: on one device, and on meshes of
---devices of them. On a CPU these are threads of the same cores: JAX gives each device a core, so what is measured there
-is what cutting costs, not what devices add. On GPUs (`--devices 8` of a machine that has them) it is both.
+--devices of them. CPU devices share the same cores, so what is measured there is what cutting costs, not what devices
+add. On GPUs (`--devices 8` of a machine that has them) it is both.
 """
 
 import argparse

@@ -241,8 +241,8 @@ def _main(argv: Sequence[str] | None) -> int:
             with contextlib.ExitStack() as stack:
                 if arguments.command in SHARED:
                     _share(arguments, stack)
-                elif arguments.command == "merge" and launcher() in TOLD:
-                    raise UserError(f"merge: is a command of one process, and {launcher()} started several; {APART}")
+                elif arguments.command == "merge" and (by := launcher()) in TOLD:
+                    raise UserError(f"merge: is a command of one process, and {by} started several; {APART}")
                 stack.enter_context(catch_signals(arguments.stop, commands.say))
                 arguments.run(arguments)
             sys.stdout.flush()

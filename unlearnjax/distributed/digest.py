@@ -22,15 +22,14 @@ def digest_of(arrays: Iterable[tuple[str, Any]]) -> str:
     Args:
       arrays: names, and arrays of at most 5 axes, or numbers. All processes of a job must give the same ones.
     """
-    found = hashlib.sha256()
-    for name, given in arrays:
-        leaf = given if isinstance(given, jax.Array) else np.asarray(given)
+    found, leaves = hashlib.sha256(), [(name, x if isinstance(x, jax.Array) else np.asarray(x)) for name, x in arrays]
+    # All are given to the devices before the first is waited for.
+    sums = [_sums(x) if isinstance(x, jax.Array) and x.size else None for _, x in leaves]
+    for (name, leaf), own in zip(leaves, sums, strict=True):
         found.update(f"{name} {np.dtype(leaf.dtype)} {leaf.shape}\n".encode())
-        if not leaf.size:
-            continue
-        if isinstance(leaf, jax.Array):
-            found.update(np.asarray(_sums(leaf).addressable_data(0)).tobytes())
-        else:
+        if own is not None:
+            found.update(np.asarray(own.addressable_data(0)).tobytes())
+        elif leaf.size:
             found.update(np.ascontiguousarray(leaf).view(np.uint8).data)
     return found.hexdigest()
 

@@ -245,7 +245,6 @@ def plan_as_plain(found: Plan) -> dict[str, Any]:
             for t in found.tried
         ],
         "best": None if found.best is None else describe_sizes(found.best.sizes),
-        "others": [] if found.best is None else [as_plain(own, chip) for own in found.best.others],
     }
 
 

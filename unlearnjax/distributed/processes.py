@@ -74,16 +74,18 @@ def _by_open_mpi() -> dict[str, Any]:
       UserError: the job is called otherwise, and JAX_COORDINATOR_ADDRESS not given.
     """
     e = os.environ
-    called = e.get("PMIX_NAMESPACE", "")
-    found = re.fullmatch(r"[a-z]+-(?P<host>.+)-(?P<number>\d+)@\d+", called)
-    if EXPLICIT[0] not in e and found is None:
-        raise UserError(
-            f"Open MPI's name of this job, {called!r}, does not tell its first host: start it with "
-            f"mpirun -x {EXPLICIT[0]}=HOST:PORT, where HOST is the one of rank 0"
-        )
-    made_up = f"{found['host']}:{61440 + int(found['number']) % 4096}" if found else ""
+    address = e.get(EXPLICIT[0])
+    if address is None:
+        called = e.get("PMIX_NAMESPACE", "")
+        found = re.fullmatch(r"[a-z]+-(?P<host>.+)-(?P<number>\d+)@\d+", called)
+        if found is None:
+            raise UserError(
+                f"Open MPI's name of this job, {called!r}, does not tell its first host: start it with "
+                f"mpirun -x {EXPLICIT[0]}=HOST:PORT, where HOST is the one of rank 0"
+            )
+        address = f"{found['host']}:{61440 + int(found['number']) % 4096}"
     return {
-        "coordinator_address": e.get(EXPLICIT[0], made_up), "num_processes": int(e["OMPI_COMM_WORLD_SIZE"]),
+        "coordinator_address": address, "num_processes": int(e["OMPI_COMM_WORLD_SIZE"]),
         "process_id": int(e["OMPI_COMM_WORLD_RANK"]), "local_device_ids": [int(e["OMPI_COMM_WORLD_LOCAL_RANK"])],
         "cluster_detection_method": "deactivate",
     }  # fmt: skip
@@ -208,7 +210,7 @@ def require_same(said: Mapping[str, Any]) -> None:
         return
     from jax.experimental import multihost_utils
 
-    names = [*agreed(lambda: list(said)), "the same list of these"]
+    names = [*agreed(lambda: list(said)), "what there is of these"]
     texts = [json.dumps(own, sort_keys=True) for own in (*map(said.get, names[:-1]), sorted(said))]
     own = np.frombuffer(b"".join(hashlib.sha256(text.encode()).digest() for text in texts), np.uint8)
     others = np.asarray(multihost_utils.process_allgather(own)).reshape(-1, len(names), 32)

@@ -3,7 +3,7 @@
 import functools
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -270,13 +270,10 @@ def _finite(leaves: list[Array]) -> list[Bool[Array, "N"]]:
 
 def _check_finite(paths: list[str], leaves: list[Any]) -> None:
     with jax.ensure_compile_time_eval():  # concrete arrays may be merged inside a trace
-        products = {path: leaf for path, leaf in zip(paths, leaves, strict=True) if isinstance(leaf, Product)}
-        found = {path: _finite_product(leaf) for path, leaf in products.items()}
-        arrays = {path: leaf for path, leaf in zip(paths, leaves, strict=True) if path not in products}
-        if arrays:
-            own: Sequence[Any] = host.all_finite(list(arrays.values())) or _finite(list(arrays.values()))
-            found |= zip(arrays, own, strict=True)
-    for path, finite in found.items():
+        arrays = [leaf for leaf in leaves if not isinstance(leaf, Product)]
+        own = iter(host.all_finite(arrays) or _finite(arrays))
+        found = [_finite_product(leaf) if isinstance(leaf, Product) else next(own) for leaf in leaves]
+    for path, finite in zip(paths, found, strict=True):
         bad = np.flatnonzero(~np.asarray(fetch(finite)))
         if bad.size:
             raise UserError(f"merge: {path} of candidate {bad[0]} holds NaN or Inf; leave that candidate out")

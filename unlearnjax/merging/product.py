@@ -1,6 +1,6 @@
 """LoRA deltas that are not formed yet: a merge forms one layer's at a time, where it reads them."""
 
-import functools
+import dataclasses
 import math
 from typing import Any
 
@@ -9,14 +9,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("a", "b", "scale"), meta_fields=())
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Product:
     """scale_i b_i a_i of N candidates: to a merge a leaf [N, L, out, in] of float32, whose first stacked axis is L."""
 
-    dtype = jnp.dtype(jnp.float32)
+    a: Float32[Array, "N L r in"]
+    b: Float32[Array, "N L out r"]
+    scale: Float32[Array, "N"]
 
-    def __init__(self, a: Float32[Array, "N L r in"], b: Float32[Array, "N L out r"], scale: Float32[Array, "N"]):
-        self.a, self.b, self.scale = a, b, scale
+    dtype = jnp.dtype(jnp.float32)
 
     @property
     def shape(self) -> tuple[int, ...]:
