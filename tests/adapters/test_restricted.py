@@ -86,7 +86,7 @@ def test_optimizer_state_is_for_what_trains(base):
         assert sum(x.size for x in jax.tree.leaves(tree)) == 2 * per_layer
 
 
-@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("apart", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_candidates_train_and_the_rest_stays(base, apart):
     adapter = restricted(CONFIG, [1, 2])
     own, sides = task(adapter), data()

@@ -1,5 +1,7 @@
 """On a mesh every device keeps and computes its own share of a batch, from the prompts to the last row left."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +22,7 @@ from unlearnjax.training import reference
 CONFIG = ModelConfig("llama", 64, 32, 48, 2, 4, 4, 8, "rms")
 MODEL = build(CONFIG)
 SCANNED = build(CONFIG, unroll=False)
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 NO_END = np.full(4, -1, np.int32)
 
 
@@ -53,8 +56,8 @@ def share(state):
 @pytest.mark.parametrize(
     ("mesh", "count", "model"),
     [
-        ("data=8", 0, MODEL), ("candidate=2,data=2,fsdp=2", 1, MODEL), ("candidate=4,data=2", 4, MODEL),
-        ("candidate=2,fsdp=2,tensor=2", 3, SCANNED), ("candidate=8", 1, SCANNED),
+        ("data=8", 0, MODEL), ("candidate=2,data=2,fsdp=2", 1, MODEL), slow("candidate=4,data=2", 4, MODEL),
+        slow("candidate=2,fsdp=2,tensor=2", 3, SCANNED), slow("candidate=8", 1, SCANNED),
     ],
 )  # fmt: skip
 def test_a_smaller_batch_lies_apart_like_the_first_and_says_the_same(mesh, count, model, monkeypatch):
@@ -91,7 +94,7 @@ def test_a_smaller_batch_lies_apart_like_the_first_and_says_the_same(mesh, count
     assert all(n % row_shards(mesh, filled_number(mesh, max(count, 1)), 16) == 0 for n in sizes)
 
 
-@pytest.mark.parametrize("mesh", ["data=8", "candidate=8", "candidate=2,data=2,fsdp=2"])
+@pytest.mark.parametrize("mesh", [slow("data=8"), slow("candidate=8"), "candidate=2,data=2,fsdp=2"])
 def test_without_a_stack_every_device_computes_an_eighth(mesh):
     tokens = np.ones((16, 32), np.int32)
     mesh = meshed(mesh)
@@ -116,7 +119,7 @@ def test_without_a_stack_every_device_computes_an_eighth(mesh):
         assert found[name] < 1.15 * all_of_it / 8, name
 
 
-@pytest.mark.parametrize("mesh", ["data=8", "candidate=8", "candidate=2,fsdp=4"])
+@pytest.mark.parametrize("mesh", [slow("data=8"), slow("candidate=8"), "candidate=2,fsdp=4"])
 def test_the_bases_pass_before_training_is_spread_over_all_devices(mesh):
     mesh = meshed(mesh)
     draw = np.random.default_rng(1)

@@ -179,6 +179,7 @@ def test_of_meshes_that_do_not_fit_the_nearest_to_it_comes_first():
     assert seconds == sorted(seconds)
 
 
+@pytest.mark.slow
 def test_a_mesh_that_the_compiler_fails_at_is_passed_over(monkeypatch):
     real, asked = plan.compile_program, []
 

@@ -99,6 +99,7 @@ def compare(found, wanted):
     np.testing.assert_allclose(found[:UPDATES], wanted[:UPDATES], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_selective_amnesia(base):
     """unlearn.py: rows of both sets in one batch, -CE of one side's answer tokens and m times CE of the other's."""
     lm, group, candidate, curve = ours(base, "selective-amnesia", micro_batch=5, accumulation=2, epochs=4)
@@ -153,6 +154,7 @@ def phases(model, own, group, loss_of):
     return kept
 
 
+@pytest.mark.slow
 def test_sugd(base):
     """Chunks of 3 forget rows at ratio 7: the restart lies within the ten updates."""
     parameters = {"chunk": 3, "ratio": 7}

@@ -1,5 +1,6 @@
 """Causal tracing against hooks on transformers' models: one forward pass per restoration, the same noise."""
 
+import functools
 import json
 
 import jax
@@ -34,6 +35,7 @@ FAMILIES = {
     ),
 }
 # Token ids, subject [begin, end): inside, at the beginning, of one token, and as far as the end.
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 PROMPTS = [
     ([5, 9, 23, 31, 8, 44, 12, 7, 3], (2, 4)),
     ([17, 6, 29, 40, 11], (0, 3)),
@@ -110,7 +112,7 @@ def _facts(noise, width):
     return Facts(*(jnp.asarray(x) for x in parts))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["olmo", "gemma3", *(slow(family) for family in ("llama", "olmo2"))])
 def test_scores_are_those_of_hooks(family, tmp_path):
     torch_model = _loud(family)
     torch_model.save_pretrained(tmp_path)
@@ -131,7 +133,7 @@ def test_scores_are_those_of_hooks(family, tmp_path):
     assert max(seen) > 0.05  # there is something to see
 
 
-@pytest.mark.parametrize(("family", "semantics"), [("olmo", "rome"), ("gemma3", "sha256")])
+@pytest.mark.parametrize(("family", "semantics"), [("olmo", "rome"), slow("gemma3", "sha256")])
 def test_a_trace_of_facts_is_that_of_hooks(family, semantics, tmp_path):
     """From a file of facts to the report: subjects' tokens, the noise's scale and draws, averages."""
     torch_model = _loud(family)
@@ -180,7 +182,7 @@ def test_a_trace_of_facts_is_that_of_hooks(family, semantics, tmp_path):
     np.testing.assert_allclose(report["recommended"]["curve"], curve, atol=1e-4)
 
 
-@pytest.mark.parametrize("window", [1, 4, 6, 9])
+@pytest.mark.parametrize("window", [4, slow(1), slow(6), slow(9)])
 def test_windows_that_share_layers(window, tmp_path):
     """Those that begin at the first layer leave one run after the other; 9 holds all layers wherever it lies."""
     torch.manual_seed(1)

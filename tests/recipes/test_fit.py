@@ -54,12 +54,14 @@ def check(out, report, together):
         assert np.linalg.norm(ours - theirs) <= 1e-3 * np.linalg.norm(theirs), name
 
 
+@pytest.mark.slow
 def test_in_turns(world, together, tmp_path):
     report, said = done(world, tmp_path / "out", candidates_at_once=2)
     check(tmp_path / "out", report, together)
     assert said == []
 
 
+@pytest.mark.slow
 def test_as_many_as_the_memory_holds(world, together, tmp_path, monkeypatch):
     asked = []
 

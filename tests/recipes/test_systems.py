@@ -177,6 +177,7 @@ def test_the_best_is_kept_and_told(world, tmp_path):
     assert [trained.kept[i] for i in range(2)] == [at for at, _ in kept]
 
 
+@pytest.mark.slow
 def test_a_lora_on_some_layers(world):
     """The others get nothing, and its own are those of the trained model."""
     base, _, sources = world
@@ -190,7 +191,9 @@ def test_a_lora_on_some_layers(world):
             np.testing.assert_array_equal(own, np.eye(2, dtype=bool))
 
 
-@pytest.mark.parametrize("stopped", [1, 2, 3])
+@pytest.mark.parametrize(
+    "stopped", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_a_run_goes_on_from_any_group(done, world, tmp_path, monkeypatch, stopped):
     """Killed in the first, second or third group: resumed, it ends with the same scores."""
     import unlearnjax.recipes.train_step as step
@@ -257,6 +260,7 @@ def test_a_trace_that_finds_nothing_chooses_no_layers(done, world, tmp_path, mon
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_trace_that_was_stopped_goes_on_with_the_run(done, world, tmp_path, monkeypatch):
     import unlearnjax.recipes.layers_step as step
 

@@ -123,6 +123,7 @@ def test_calls_are_as_large_as_memory_allows(world, facts, monkeypatch):
     assert taken / 2 < whole.many * one < 8 * taken
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_nothing(world, facts):
     base, _, _ = world
     located, _ = locate(load_facts(facts)[0], base.tokenizer, 64)

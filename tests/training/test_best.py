@@ -56,6 +56,7 @@ def same(a, b):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.slow
 def test_the_best_is_the_lowest_of_those_looked_at(job):
     """Against the loss of each state that training passed, computed here."""
     task, params, stores, schedule, h, assessor = job

@@ -132,6 +132,7 @@ def test_a_class_of_the_data_is_forgotten(folder, tmp_path):
     assert (rows["train"], rows["retain"], rows["test forget"], rows["test retain"]) == (18, 36, 10, 20)
 
 
+@pytest.mark.slow
 def test_linearised_features(folder, tmp_path):
     """Features are linear in the weights and normed after that; at the start they are the model's own."""
     subject = clip_subject(load_clip(folder / "clip"), NAMES)
