@@ -11,8 +11,8 @@ at more than twice a device's memory on every mesh is not compiled. Reported for
 bytes, bytes sent, and the times that each limit of the chip alone would take. Nothing is run: these are programs that
 compile and fit, not speeds.
 
---scaling: weak scaling instead, on 8 to 256 chips of v5e with two candidates to a chip. Its efficiency is the time of
-the slowest limit on 8 chips over that on more.
+--scaling: weak scaling instead, on 8 to 256 chips of v5e with two candidates to a chip (Llama-3-70B: one to two
+chips, from 16 chips on). Its efficiency is the time of the slowest limit on the fewest chips over that on more.
 """
 
 import argparse
@@ -32,6 +32,8 @@ MODELS = {
 }  # fmt: skip
 TOPOLOGIES = ("v5e-8", "v5e-16", "v5e-256", "v5p-64", "v6e-256")
 COUNTS = (2, 16, 64)
+CHIPS = (8, 16, 64, 256)
+PER_CHIP = {"OLMo-1B": 2, "OLMo-7B": 2, "Llama-3-70B": 0.5}  # candidates, for weak scaling
 STEPS = [1, *(n for power in (2**i for i in range(1, 12)) for n in (power, power * 3 // 2)), 4096]  # 1, 2, 3, 4, 6 ...
 
 
@@ -78,6 +80,7 @@ def planned(name: str, topology: str, candidates: int) -> dict[str, Any]:
     for sizes in tried[:3]:
         try:
             found = plan_as_plain(make_plan(model(name), place, work, sizes, whole=False))["tried"][0]
+            del found["compile_seconds"]  # beside whatever else ran
         except UserError as error:
             print(error, flush=True)
             continue
@@ -108,7 +111,7 @@ def main() -> None:
     a = p.parse_args()
     kept = json.loads(a.out.read_text(encoding="utf-8")) if a.out.exists() else {"benchmark": "plans", "cases": []}
     if a.table:
-        print(table(kept))
+        print(table(kept), growth(kept), sep="\n\n")
         return
     kept["hardware"] = bench.hardware()
     done = {(c["model"], c["topology"], c["candidates"]): c for c in kept["cases"]}
@@ -171,14 +174,35 @@ def keep(found: dict[str, Any], file: Path) -> None:
 
 
 def scaling(name: str, case: Any) -> None:
-    """Two candidates to a chip, on more and more of them."""
-    chips = (8, 16, 64, 256)
-    found = [case(name, f"v5e-{n}", 2 * n) for n in chips]
-    if not all(one["fits"] for one in found):
-        print(f"{name}: two candidates to a chip do not fit", flush=True)
-        return
-    bounds = [max(one["seconds"].values()) for one in found]
-    print(f"{name}: " + ", ".join(f"{n} chips {bounds[0] / t:.0%}" for n, t in zip(chips, bounds)), flush=True)
+    """As many candidates to a chip, on more and more of them."""
+    found = {n: case(name, f"v5e-{n}", int(PER_CHIP[name] * n)) for n in CHIPS}
+    bounds = {n: max(one["seconds"].values()) for n, one in found.items() if one["fits"]}
+    first = bounds[min(bounds)]
+    print(f"{name}: " + ", ".join(f"{n} chips {first / t:.0%}" for n, t in bounds.items()), flush=True)
+
+
+def growth(kept: dict[str, Any]) -> str:
+    """What a device computes, moves and sends in a step: with as many candidates to a chip on more and more chips, and
+    with more and more candidates on the same chips."""
+    lines = ["| | N | mesh | TFLOP | GB moved | GB sent | limit, ms | against the first |",
+             "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
+    found = {(c["model"], c["topology"], c["candidates"]): c for c in kept["cases"]}
+    for name in MODELS:
+        weak = [(f"v5e-{n}", int(PER_CHIP[name] * n)) for n in CHIPS]
+        more = [("v5e-16", n) for n in (2, 4, 8, *COUNTS[1:])]
+        for rows in (weak, more):
+            cases = [(place, n, found[name, place, n]) for place, n in rows if (name, place, n) in found]
+            cases = [one for one in cases if one[2]["fits"]]
+            for place, n, one in cases if len(cases) > 1 else []:
+                sent = sum(kind["bytes_sent"] for kind in one["collectives"].values())
+                own, first = (max(c["seconds"].values()) for c in (one, cases[0][2]))
+                # Of a candidate where their number grows beside the same chips.
+                share = first / own if rows is weak else first * n / (own * cases[0][1])
+                lines.append(
+                    f"| {name}, {place} | {n} | {one['mesh']} | {one['flops'] / 1e12:.3g} | {one['bytes'] / 1e9:.3g} "
+                    f"| {sent / 1e9:.3g} | {1000 * own:.3g} ({one['bound']}) | {share:.2f} |"
+                )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

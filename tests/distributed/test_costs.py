@@ -107,6 +107,51 @@ def test_collectives_of_several_arrays_and_those_that_begin_and_end():
     assert found["all-gather"].bytes == 7 / 8 * 32000 and found["all-gather"].times == 1
 
 
+# A layer of a stack, sliced in a fusion within the fusion of its product; a row of a buffer, replaced likewise.
+NESTED = """HloModule m
+
+%sliced (s: f32[12,100,100], n: s32[]) -> bf16[100,100] {
+  %s = f32[12,100,100]{2,1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %narrow = bf16[12,100,100]{2,1,0} convert(%s)
+  %one = bf16[1,100,100]{2,1,0} dynamic-slice(%narrow, %n, %zero, %zero), dynamic_slice_sizes={1,100,100}
+  ROOT %layer = bf16[100,100]{1,0} bitcast(%one)
+}
+
+%replaced (b: f32[12,100], r: f32[1,100], m: s32[]) -> f32[12,100] {
+  %b = f32[12,100]{1,0} parameter(0)
+  %r = f32[1,100]{1,0} parameter(1)
+  %m = s32[] parameter(2)
+  %none = s32[] constant(0)
+  ROOT %with = f32[12,100]{1,0} dynamic-update-slice(%b, %r, %m, %none)
+}
+
+%multiplied (stack: f32[12,100,100], x: bf16[100,100], buffer: f32[12,100], i: s32[]) -> f32[12,100] {
+  %stack = f32[12,100,100]{2,1,0} parameter(0)
+  %x = bf16[100,100]{1,0} parameter(1)
+  %buffer = f32[12,100]{1,0} parameter(2)
+  %i = s32[] parameter(3)
+  %w = bf16[100,100]{1,0} fusion(%stack, %i), kind=kLoop, calls=%sliced
+  %y = f32[1,100]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %made = f32[12,100]{1,0} fusion(%buffer, %y, %i), kind=kLoop, calls=%replaced
+}
+
+ENTRY %main (p: f32[12,100,100], q: bf16[100,100], t: f32[12,100], i: s32[]) -> f32[12,100] {
+  %p = f32[12,100,100]{2,1,0} parameter(0)
+  %q = bf16[100,100]{1,0} parameter(1)
+  %t = f32[12,100]{1,0} parameter(2)
+  %i = s32[] parameter(3)
+  ROOT %out = f32[12,100]{1,0} fusion(%p, %q, %t, %i), kind=kOutput, calls=%multiplied
+}
+"""
+
+
+def test_a_fusion_reads_and_writes_the_slices_of_the_fusions_within_it():
+    layer, x, row, index = 100 * 100 * 4, 100 * 100 * 2, 100 * 4, 2 * 4  # the index is read twice
+    assert costs(NESTED).bytes == pytest.approx(layer + x + row + index, abs=index)
+
+
 def test_bytes_on_a_ring():
     assert sent_bytes("all-gather", 800, 8) == 700
     assert sent_bytes("all-reduce", 800, 8) == 1400

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from unlearnjax.distributed.hlo import Computation, Instruction, Module, parse, turns
+from unlearnjax.distributed.hlo import Computation, Instruction, Module, parse, root_of, turns
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 # These move no bytes of the device's memory: names for values, control, or the end of what began elsewhere.
@@ -18,6 +18,7 @@ _FREE = frozenset(
      "partition-id", "replica-id", "opt-barrier", "domain", "add-dependency"]
 )  # fmt: skip
 _SLICES = ("dynamic-slice", "slice", "gather")
+_SAME = ("bitcast", "convert", "copy", "reshape", "transpose")  # within a fusion: the operand's entries, one by one
 
 
 class Collective(NamedTuple):
@@ -122,50 +123,64 @@ def _carries(i: Instruction) -> bool:
     return i.opcode == "tuple" or _collective(i) is not None or "AsyncCollective" in i.attributes
 
 
+def _users(own: Computation, name: str) -> Iterator[tuple[Instruction, str]]:
+    """Users of a value, and of the same entries in another order or dtype, each with the name by which it knows it."""
+    for user in own.values():
+        if name in user.operands:
+            if user.opcode in _SAME:
+                yield from _users(own, user.name)
+            else:
+                yield user, name
+
+
+def _reads(source: Instruction, own: Computation, module: Module, size: float) -> float:
+    """Bytes that a fusion's computation reads of one of its parameters of so many: of one that it only slices, itself
+    or in a fusion within it, the slices."""
+    bytes_each = size / max(math.prod(source.shapes[0].dims), 1)
+    total = 0.0
+    for user, name in _users(own, source.name):
+        if _carries(user) or (user.opcode == "dynamic-update-slice" and user.operands[0] == name):
+            continue
+        if user.opcode in _SLICES and user.operands[0] == name:
+            total += bytes_each * sum(math.prod(s.dims) for s in user.shapes)
+        elif user.opcode == "fusion":
+            called = module.computations[user.called("calls")[0]]
+            places = {str(place) for place, operand in enumerate(user.operands) if operand == name}
+            given = (i for i in called.values() if i.opcode == "parameter" and i.literal in places)
+            total += sum(_reads(i, called, module, size) for i in given)
+        else:
+            return size
+    return min(total, size)
+
+
+def _made(result: Instruction, own: Computation, module: Module) -> tuple[Instruction, Computation]:
+    """The instruction that computes a fusion's result, and where it stands."""
+    while result.opcode == "bitcast" or (result.opcode == "fusion" and len(result.shapes) == 1):
+        if result.opcode == "fusion":
+            own = module.computations[result.called("calls")[0]]
+            result = root_of(own)
+        else:
+            result = own[result.operands[0]]
+    return result, own
+
+
 def _of_fusion(i: Instruction, module: Module) -> float:
     """Bytes that a fusion reads and writes: of an operand that it only slices, the slices; of a result that is an
     operand with a part replaced, the part."""
     (called,) = i.called("calls")
     own = module.computations[called]
-    users: dict[str, list[Instruction]] = {}
-    for inner in own.values():
-        for operand in inner.operands:
-            users.setdefault(operand, []).append(inner)
-
-    def through(name: str) -> Iterator[tuple[Instruction, str]]:
-        """Users of a value, and of the same value by other names."""
-        for user in users.get(name, []):
-            if user.opcode == "bitcast":
-                yield from through(user.name)
-            else:
-                yield user, name
-
-    total = 0.0
-    for inner in own.values():
-        if inner.opcode != "parameter" or inner.shapes[0].fast:
-            continue
-        reads = 0.0
-        for user, known_as in through(inner.name):
-            if _carries(user):
-                continue
-            if user.opcode in _SLICES and user.operands[0] == known_as:
-                reads += sum(s.bytes for s in user.shapes)
-            elif user.opcode == "dynamic-update-slice" and user.operands[0] == known_as:
-                reads += 0.0
-            else:
-                reads += inner.bytes
-        total += min(reads, inner.bytes)
-    root = next(inner for inner in own.values() if inner.root)
+    given = [inner for inner in own.values() if inner.opcode == "parameter" and not inner.shapes[0].fast]
+    total = sum(_reads(inner, own, module, inner.bytes) for inner in given)
+    root = root_of(own)
     if _carries(root) and root.opcode != "tuple":
         return total
     results = [own[name] for name in root.operands] if root.opcode == "tuple" else [root]
-    for result, shape in zip(results, i.shapes, strict=False):
-        while result.opcode == "bitcast":
-            result = own[result.operands[0]]
-        if shape.fast or result.opcode == "parameter" or _carries(result):
+    for outer, shape in zip(results, i.shapes, strict=False):
+        result, place = _made(outer, own, module)
+        if shape.fast or (result.opcode == "parameter" and place is own) or _carries(result):
             continue
         replaced = result.opcode == "dynamic-update-slice"
-        total += sum(s.bytes for s in own[result.operands[1]].shapes) if replaced else shape.bytes
+        total += sum(s.bytes for s in place[result.operands[1]].shapes) if replaced else shape.bytes
     return total
 
 

@@ -161,11 +161,11 @@ def _linear(module: Module, own: Computation, name: str, given: Sequence[Linear 
         return {p: n for p, n in places.items() if n}, left[1] + sign * right[1]
     if i.opcode == "fusion":
         called = module.computations[i.called("calls")[0]]
-        return _linear(module, called, _root(called).name, [inner(p) for p in range(len(i.operands))])
+        return _linear(module, called, root_of(called).name, [inner(p) for p in range(len(i.operands))])
     return None
 
 
-def _root(own: Computation) -> Instruction:
+def root_of(own: Computation) -> Instruction:
     return next(i for i in own.values() if i.root)
 
 
@@ -176,18 +176,18 @@ def turns(module: Module, loop: Instruction) -> int | None:
     if known:
         return int(known[1])
     condition, body = (module.computations[loop.called(part)[0]] for part in ("condition", "body"))
-    test, own, given = _root(condition), condition, None
+    test, own, given = root_of(condition), condition, None
     if test.opcode == "fusion":
         given = [_linear(module, condition, name, None) for name in test.operands]
         own = module.computations[test.called("calls")[0]]
-        test = _root(own)
+        test = root_of(own)
     if test.opcode != "compare" or "direction=LT" not in test.attributes:
         return None
     counted, limit = (_linear(module, own, name, given) for name in test.operands)
     if counted is None or limit is None or limit[0] or len(counted[0]) != 1 or counted[1]:
         return None
     (place,) = counted[0]
-    after = _linear(module, body, _root(body).operands[place], None)
+    after = _linear(module, body, root_of(body).operands[place], None)
     if after is None or after[0] != {place: 1} or after[1] < 1:
         return None
     return -(-limit[1] // after[1])
