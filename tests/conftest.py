@@ -21,8 +21,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # torch's threads spin while they wait, and two test workers share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-if version("jaxlib").startswith("0.10."):  # these halve the time; another XLA may not know them, and would abort
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 
 import jax
 import pytest
@@ -33,6 +31,12 @@ _programs = Path(__file__).parent.parent / ".pytest_cache" / "programs"
 jax.config.update("jax_compilation_cache_dir", str(_programs))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+# These halve the time of what this process compiles. What does not know them aborts: TPUs' compiler, other versions.
+_flags = os.environ["XLA_FLAGS"]
+if version("jaxlib").startswith("0.10."):
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+jax.devices()  # reads them
+os.environ["XLA_FLAGS"] = _flags
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -177,6 +177,6 @@ def test_compiled_or_not(key):
 
 def test_no_operations_compile_none():
     def program(most):
-        return augment_jitted.lower(jax.random.key(0), pixels(2), STRONG, most_operations=most).compile().as_text()
+        return augment_jitted.lower(jax.random.key(0), pixels(2), STRONG, most_operations=most).as_text()
 
-    assert " scatter(" in program(1) and " scatter(" not in program(0)  # the histogram
+    assert "scatter" in program(1) and "scatter" not in program(0)  # the histogram
