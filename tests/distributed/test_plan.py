@@ -59,6 +59,14 @@ def test_what_does_not_fit_is_said_with_what_it_would_take():
     assert not own.fits and own.total > own.available > 15 * 2**30 and own.costs is None
 
 
+def test_a_program_in_parts_is_read_whole(tmp_path):
+    """XLA writes what runs on SparseCores (of v5p, v6e) as programs beside, named so that they sort behind it."""
+    for name, text in (("module_0000.jit_run", "all of it"), ("module_0101.extracted", "a part")):
+        (tmp_path / f"{name}.after_optimizations.txt").write_text(text)
+    assert plan._text(tmp_path, "*.after_optimizations.txt") == "all of it"
+    assert plan._text(tmp_path, "*.before.txt") is None
+
+
 @pytest.mark.parametrize("name", ["v5e-8", "v5p-16", "v6e-8"])
 def test_a_slice_has_the_devices_that_its_name_says(name):
     topology = parse_topology(name)

@@ -33,6 +33,16 @@ def test_the_record_of_the_long_one():
     assert record["fell_back"] >= 3
 
 
+def test_the_record_of_two_processes_and_a_full_disk():
+    record = json.loads((HERE / "results" / "kill_drill_two_processes.json").read_text("utf-8"))
+    assert record["times"] == record["identical"] == len(record["cycles"]) >= 20
+    assert all(cycle["identical"] for cycle in record["cycles"]) and "--processes 2" in record["command"]
+    assert {"SIGKILL", "SIGTERM", "full disk"} == set(record["faults"]) and sum(record["faults"].values()) >= 20
+    assert {0, 1} == {number for cycle in record["cycles"] for number in cycle["processes"]}
+    assert {"training", "after training", "evaluating"} <= set(record["struck_at"])
+    assert record["fell_back"] >= 3 and record["most_seconds_until_all_had_ended"] < 60
+
+
 def test_the_record_of_two_hosts():
     record = json.loads((HERE / "results" / "two_hosts.json").read_text("utf-8"))
     ways = record["ways"]

@@ -67,8 +67,9 @@ class Compiled(NamedTuple):
 
 
 def _text(folder: Path, pattern: str) -> str | None:
-    found = sorted(folder.glob(pattern))
-    return found[-1].read_text(encoding="utf-8", errors="replace") if found else None
+    """Of the program: parts of it for a chip's SparseCores are written beside it, and are smaller."""
+    found = max(folder.glob(pattern), key=lambda path: path.stat().st_size, default=None)
+    return None if found is None else found.read_text(encoding="utf-8", errors="replace")
 
 
 def compile_program(program: Program, chip: Chip) -> Compiled:
