@@ -165,7 +165,12 @@ def _cell(case: dict[str, Any]) -> str:
             return "compiler failed"
         about = "about " if case.get("by") else ""
         return f"no ({about}{case['gib']['total']:.1f})"
-    return f"{case['gib']['total']:.1f}, {1000 * max(case['seconds'].values()):.3g}"
+    return f"{case['gib']['total']:.1f}, {_short(1000 * max(case['seconds'].values()))}"
+
+
+def _short(x: float) -> str:
+    """Three digits, and no exponent."""
+    return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def keep(found: dict[str, Any], file: Path) -> None:
@@ -199,8 +204,9 @@ def growth(kept: dict[str, Any]) -> str:
                 # Of a candidate where their number grows beside the same chips.
                 share = first / own if rows is weak else first * n / (own * cases[0][1])
                 lines.append(
-                    f"| {name}, {place} | {n} | {one['mesh']} | {one['flops'] / 1e12:.3g} | {one['bytes'] / 1e9:.3g} "
-                    f"| {sent / 1e9:.3g} | {1000 * own:.3g} ({one['bound']}) | {share:.2f} |"
+                    f"| {name}, {place} | {n} | {one['mesh']} | {_short(one['flops'] / 1e12)} "
+                    f"| {_short(one['bytes'] / 1e9)} | {_short(sent / 1e9)} | {_short(1000 * own)} ({one['bound']}) "
+                    f"| {share:.2f} |"
                 )
     return "\n".join(lines)
 

@@ -34,8 +34,8 @@ FAMILIES = {
         transformers.Gemma3TextConfig(**WIDE, num_key_value_heads=2, head_dim=8, sliding_window=4)
     ),
 }
-# Token ids, subject [begin, end): inside, at the beginning, of one token, and as far as the end.
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+# Token ids, subject [begin, end): inside, at the beginning, of one token, and as far as the end.
 PROMPTS = [
     ([5, 9, 23, 31, 8, 44, 12, 7, 3], (2, 4)),
     ([17, 6, 29, 40, 11], (0, 3)),
