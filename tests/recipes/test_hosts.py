@@ -148,11 +148,43 @@ def test_an_error_of_all_is_told_by_all(command, tmp_path):
 
 def test_an_error_of_one_ends_the_other(command, tmp_path):
     """Such as a host that does not see a file: the other one would wait for it for ever."""
-    none = ["--mmlu-data", str(tmp_path / "none")]
+    none = ["--forget", str(tmp_path / "none.jsonl")]
     job = Job([*command, *MESH, "--out", str(tmp_path / "out")], tmp_path / "logs", last=none)
     first, second = job.ended(seconds=120)
     assert second == 2 and first in (LOST, -signal.SIGABRT), job.logs()
     assert not (tmp_path / "out" / "report.json").exists()
+
+
+@pytest.mark.parametrize("what", ["recipe", "--mesh", "rows"])
+def test_hosts_that_see_different_things_are_told(command, tmp_path, what):
+    """Also of what comes after training: of two merges each host would write its part of the model."""
+    other = {**RECIPE, "search": {"scales": [0, 0.5], "rows": 4}}
+    (tmp_path / "other.yml").write_text(yaml.safe_dump(other))
+    last = {
+        "recipe": ["--recipe", str(tmp_path / "other.yml")], "--mesh": ["--mesh", "fsdp=8"],
+        "rows": ["--probe", command[command.index("--retain") + 1]],
+    }[what]  # fmt: skip
+    job = Job([*command, *MESH, "--out", str(tmp_path / "out")], tmp_path / "logs", last=last)
+    assert job.ended(seconds=120) == [2, 2], job.logs()
+    assert all(f"process 1 of this job does not have what the first one has: {what}" in log for log in job.logs())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_evaluation_goes_on_in_two_processes(world, tmp_path):
+    """Its journal has a folder with the name of a model; the other process works on a copy of it."""
+    base, _, sources = world
+    out = tmp_path / "out"
+    command = [
+        "evaluate", "--model", base.source, "--original", base.source, "--forget", sources.forget, "--retain",
+        sources.retain, "--max-new-tokens", "8", "--evaluate", "full", "--batch-size", "2",
+    ]  # fmt: skip
+    job = Job([*command, "--mesh", "data=4,fsdp=2", "--out", str(out)], tmp_path / "logs")
+    job.wait_for(out / "journal" / "model" / "full")
+    job.processes[1].send_signal(signal.SIGTERM)
+    assert job.ended() == [143, 143], job.logs()
+    again = Job([*command, "--mesh", "data=4,fsdp=2", "--resume", "--out", str(out)], tmp_path / "again")
+    assert again.ended() == [0, 0], again.logs()
+    assert (out / "full.json").exists() and "nothing of the" not in again.logs()[0]
 
 
 @pytest.mark.parametrize("what", ["evaluate", "trace"])

@@ -16,7 +16,6 @@ from unlearnjax.io.peft import load_adapter
 from unlearnjax.recipes import run as module
 from unlearnjax.recipes import train_step
 from unlearnjax.recipes.load import load_recipe
-from unlearnjax.recipes.prepare import Data
 from unlearnjax.recipes.resume import run_fingerprint
 from unlearnjax.training import checkpoint
 from unlearnjax.training.loop import train
@@ -295,8 +294,7 @@ def test_left_overs_of_a_killed_process_are_cleared_away(start, monkeypatch, und
 
 
 def test_what_comes_after_training_may_change_on_the_way():
-    nothing = Data(*[None] * len(Data._fields))
-    of = lambda **recipe: run_fingerprint(recipe, nothing, [], {})  # noqa: E731
+    of = lambda **recipe: run_fingerprint(recipe, {}, [], {})  # noqa: E731
     begun = of(candidates=["a"], merges=["m"], search={"rows": 8}, evaluation={"suite": "official"})
     assert of(candidates=["a"], merges=[], search={"rows": 9}, evaluation={"suite": "full"}) == begun
     assert of(candidates=["b"], merges=["m"], search={"rows": 8}, evaluation={"suite": "official"}) != begun

@@ -27,6 +27,7 @@ RECIPE = {
     "merges": [
         {"name": "ties", "method": "ties", "density": 0.5, "of": ["npo", "ga"]},
         {"name": "mean", "method": "linear"},
+        {"name": "mean of LoRAs", "method": "linear", "space": "delta", "of": ["npo", "ga"]},
         {"name": "subtracted", "method": "consensus", "of": ["npo", "ga"], "negate": True, "scale": "search"},
     ],
     "search": {"scales": [0, 1], "rows": 4},

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 from jaxtyping import PyTree
 
-from unlearnjax.distributed.processes import agreed
+from unlearnjax.distributed.processes import agreed, require_same
 from unlearnjax.errors import UserError, check_known
 
 CANDIDATE, DATA, FSDP, TENSOR = "candidate", "data", "fsdp", "tensor"
@@ -120,7 +120,7 @@ def choose_mesh(
       best: gives the default sizes instead, of the number of devices and the bytes of each, where that is known.
 
     Raises:
-      UserError: see `make_mesh`.
+      UserError: see `make_mesh`; or the processes of a job are not told the same sizes.
     """
     if isinstance(sizes, Mesh):
         return sizes if sizes.size > 1 else None
@@ -132,6 +132,7 @@ def choose_mesh(
             sizes = best(jax.device_count(), memory)
         else:
             sizes = default_sizes(jax.device_count(), candidates, weight_bytes, memory, rows)
+    require_same({"--mesh": describe_sizes(sizes)})
     mesh = make_mesh(sizes)
     return mesh if mesh.size > 1 else None
 

@@ -5,6 +5,7 @@ file, look at a folder that changes) the first does, and the others take its wor
 needed: the command line, and what reads files only, ask whether there are others too.
 """
 
+import collections
 import contextlib
 import functools
 import hashlib
@@ -141,6 +142,10 @@ def join() -> None:
         reason = " ".join(str(error).split())[:200]
         said = f"started by {by}: the job's other processes cannot be reached ({reason}); {APART}"
         raise UserError(said) from None
+    counts = collections.Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:
+        found = ", ".join(f"process {index} {count}" for index, count in sorted(counts.items()))
+        raise UserError(f"all processes of a job need the same number of devices, and these have: {found}")
 
 
 def several() -> bool:
@@ -219,8 +224,8 @@ def require_same(said: Mapping[str, Any]) -> None:
         what = ", ".join(name for name, own in zip(names, odd.any(axis=0), strict=True) if own)
         where = ", ".join(str(i) for i in np.flatnonzero(odd.any(axis=1)))
         raise UserError(
-            f"process {where} of this job does not have what the first one has: {what}; the files must be the same on "
-            "all hosts"
+            f"process {where} of this job does not have what the first one has: {what}; the files and the options "
+            "must be the same on all hosts"
         )
 
 
@@ -320,18 +325,21 @@ def firsts(path: Path) -> Path:
     return path
 
 
-def _not_copied(folder: str, names: list[str]) -> set[str]:
-    """Locks, what is half-written, checkpoints, which all read where they are, and what is written anew."""
+def _not_copied(root: Path, folder: str, names: list[str]) -> set[str]:
+    """Locks, what is half-written, checkpoints and waypoints, which all read where they are, and what is written anew;
+    of an evaluation's journal, whose folders have the names of models, nothing but the first two."""
     kept = shutil.ignore_patterns("lock", ".*.part")(folder, names)
-    anew = ("candidates", "merges", "model")
-    return kept | {name for name in names if ("step-" in name or name in anew) and Path(folder, name).is_dir()}
+    if not {"journal", "evaluation"}.isdisjoint(Path(folder).relative_to(root).parts):
+        return kept
+    apart = re.compile(r"candidates|merges|model|waypoints|(damaged-)?step-\d{8,}")
+    return kept | {name for name in names if apart.fullmatch(name) and Path(folder, name).is_dir()}
 
 
 def _contents(folder: Path) -> dict[str, str]:
     """The SHA-256 of what `own_folder` copies of a folder, by its place."""
     found = {}
     for place, folders, files in os.walk(folder):
-        left = _not_copied(place, [*folders, *files])
+        left = _not_copied(folder, place, [*folders, *files])
         folders[:] = [name for name in folders if name not in left]
         for path in (Path(place, name) for name in files if name not in left):
             found[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -356,7 +364,7 @@ def own_folder(out: str | Path) -> Iterator[Path]:
             _firsts[place] = source
             try:
                 if source.is_dir():
-                    shutil.copytree(source, place, ignore=_not_copied)
+                    shutil.copytree(source, place, ignore=functools.partial(_not_copied, source))
             except (OSError, shutil.Error) as error:
                 failed = error
         # Nobody changes anything before all have looked.
@@ -364,7 +372,7 @@ def own_folder(out: str | Path) -> Iterator[Path]:
             reason = "another process could not" if failed is None else str(failed)[:200]
             raise UserError(f"{out}: could not be copied to {tempfile.gettempdir()} by every process ({reason})")
         # A host may see its file system as it was a while ago.
-        require_same({f"{out}/{name}": own for name, own in _contents(place).items()})
+        require_same({f"{out}/{name}": own for name, own in _contents(place.expanduser()).items()})
         try:
             yield place
         finally:

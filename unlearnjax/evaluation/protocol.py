@@ -126,7 +126,8 @@ def _check(data: _Data, plan: _Plan, model: Model) -> None:
             raise UserError(f"{name}: a single token has no NLL; leave the document out")
 
 
-def _stage(progress: Progress | None, what: str, total: int) -> Callable[[int], None] | None:
+def stage(progress: Progress | None, what: str, total: int) -> Callable[[int], None] | None:
+    """What work that reports how much more is done calls, for one of a bar's kinds of work."""
     if progress is None:
         return None
     done = 0
@@ -177,7 +178,7 @@ def _run(
         found = generate_candidates(
             model, params, lora, work.ids, eos_token_ids=eos, pad_token_id=0 if pad is None else pad,
             max_new_tokens=work.limit, batch_size=batch_size, names=work.names,
-            progress=_stage(progress, work.what, count * len(work.ids)),
+            progress=stage(progress, work.what, count * len(work.ids)),
             records=records(work, max_new_tokens=work.limit, eos_token_ids=sorted(set(map(int, eos)))),
         )  # fmt: skip
         return [decode(tokenizer, ids) for ids in found]
@@ -185,7 +186,7 @@ def _run(
     def likelihoods(work: _Work) -> list[list[float]]:
         found = token_nll_candidates(
             model, params, lora, work.ids, work.starts, batch_size=batch_size, names=work.names,
-            progress=_stage(progress, work.what, count * len(work.ids)), records=records(work) if work.ids else None,
+            progress=stage(progress, work.what, count * len(work.ids)), records=records(work) if work.ids else None,
         )  # fmt: skip
         return found.mean.tolist()
 

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from unlearnjax.distributed.processes import agreed
 from unlearnjax.errors import UserError
 
 try:
@@ -40,3 +41,14 @@ def lock_folder(folder: Path, shown: Path | None = None) -> int:
         if place.exists() and os.path.samestat(os.fstat(descriptor), place.stat()):
             return descriptor
         os.close(descriptor)
+
+
+def lock_for_all(folder: Path) -> int:
+    """`lock_folder` by the first process of a job, which returns its descriptor; the others get -1.
+
+    Raises:
+      UserError: in all of them: another job holds it.
+    """
+    found: list[int] = []
+    agreed(lambda: found.append(lock_folder(folder)))
+    return found[0] if found else -1

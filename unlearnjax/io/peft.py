@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from unlearnjax.distributed.processes import fetch
+from unlearnjax.distributed.processes import fetch, follows
 from unlearnjax.errors import UserError, check_known
 from unlearnjax.io.atomic import staged_folder
 from unlearnjax.io.card import model_card
@@ -74,7 +74,8 @@ def save_adapter(
     dropout: float = 0.0,
     card_text: str | None = None,
 ) -> None:
-    """Write one candidate's adapter as a folder that `peft` loads unchanged. It appears whole or not at all.
+    """Write one candidate's adapter as a folder that `peft` loads unchanged. It appears whole or not at all. Of a job's
+    processes, which must all call this, the first writes.
 
     With n targets in one fused module, all modules get rank n * rank (zeros where they need less) and alpha n * alpha.
 
@@ -106,6 +107,8 @@ def save_adapter(
             for factor, value in (("A", a[layer]), ("B", b[layer])):
                 key = factor_key(pattern.format(layer), factor)
                 entries.append(Entry(key, value.shape, value.dtype, value))
+    if follows():
+        return
     rank, alpha = rank * joined, alpha * joined
     raw: dict[str, Any] = {
         "peft_type": "LORA",

@@ -171,9 +171,11 @@ def concatenate_lora(lora: PyTree, scale: Float[Array, "N"], weights: Float[Arra
 
     def join(pair: dict[str, Array]) -> dict[str, Array]:
         a = (given * scale).reshape(-1, 1, 1, 1) * pair["a"].astype(jnp.float32)
+        b = pair["b"].astype(jnp.float32)
+        # By index: of arrays that are cut over several processes jax makes no lists.
         return {
-            "a": jnp.concatenate(list(a), axis=1),
-            "b": jnp.concatenate(list(pair["b"].astype(jnp.float32)), axis=2),
+            "a": jnp.concatenate([a[i] for i in range(count)], axis=1),
+            "b": jnp.concatenate([b[i] for i in range(count)], axis=2),
         }
 
     return nest({path: join(pair) for path, pair in linears.items()})

@@ -19,7 +19,7 @@ from unlearnjax.evaluation.protocol import evaluate_candidates
 from unlearnjax.evaluation.semeval import read_mmlu
 from unlearnjax.io.atomic import remove_left_overs, staged_file
 from unlearnjax.io.huggingface import check_dtype, load_params, resolve
-from unlearnjax.io.locks import lock_folder
+from unlearnjax.io.locks import lock_for_all
 from unlearnjax.io.peft import load_adapter
 from unlearnjax.models.abstract import weight_bytes
 from unlearnjax.recipes.evaluate_step import Group, evaluate_full, measure_mmlu, write_mmlu
@@ -113,7 +113,7 @@ def evaluate(
     known = {**model_fingerprint(params), "adapter": weights_digest(stack)}
     journal = Journal(out / SCORING.meanwhile, known, say or say_by_warning)
     journal.folder.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(journal.folder)
+    lock = lock_for_all(journal.folder)
     try:
         remove_left_overs(out)
         measured: list[MmluScores] = []

@@ -17,12 +17,12 @@ from unlearnjax.evaluation.full.asked import Asking
 from unlearnjax.evaluation.full.suite import SPLITS, Effort, Subjects, Texts, measure, yardsticks
 from unlearnjax.evaluation.journal import Journal, digest
 from unlearnjax.evaluation.mmlu import MmluScores, Prompts, mmlu_candidates
-from unlearnjax.evaluation.protocol import Progress, decode, evaluate_candidates
+from unlearnjax.evaluation.protocol import Progress, decode, evaluate_candidates, stage
 from unlearnjax.io.atomic import staged_file
 from unlearnjax.models.language_model import LanguageModel
 from unlearnjax.recipes.merge_step import Merged
 from unlearnjax.recipes.prepare import Data
-from unlearnjax.recipes.progress import bars, stage
+from unlearnjax.recipes.progress import bars
 from unlearnjax.recipes.resume import weights_digest
 from unlearnjax.recipes.schema import Evaluation
 from unlearnjax.training.interrupt import Stop

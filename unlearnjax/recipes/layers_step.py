@@ -12,7 +12,7 @@ from unlearnjax.data.rows import fingerprint
 from unlearnjax.errors import UserError
 from unlearnjax.evaluation.journal import digest
 from unlearnjax.io.atomic import staged_file
-from unlearnjax.io.locks import lock_folder
+from unlearnjax.io.locks import lock_for_all
 from unlearnjax.models.language_model import LanguageModel
 from unlearnjax.recipes.groups import AUTO
 from unlearnjax.recipes.prepare import Data, Sources
@@ -65,7 +65,8 @@ def traced_layers(
     made_from = {"forget": fingerprint(data.forget), "kinds": settings.kinds, **model_fingerprint(model.params)}
     del made_from[PLACE]  # layers found elsewhere hold here too
     known = digest(made_from)
-    lock = lock_folder(basis.parent)
+    basis.parent.mkdir(parents=True, exist_ok=True)
+    lock = lock_for_all(basis.parent)
     try:
         report = _report(model, sources, folder, basis, known, settings, command, progress, stop, say)
         width, found = default_width(model.config.layers), {}

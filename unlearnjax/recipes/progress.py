@@ -43,20 +43,6 @@ def bars(show: bool, label: str, stop: Stop | None = None) -> Iterator[Callable[
             bar.close()
 
 
-def stage(report: Callable[[str, int, int], None] | None, what: str, total: int) -> Callable[[int], None] | None:
-    """What work that reports how much more is done calls, for one of a bar's kinds of work."""
-    if report is None:
-        return None
-    done = 0
-
-    def advance(more: int) -> None:
-        nonlocal done
-        done += more
-        report(what, done, total)
-
-    return advance
-
-
 def say_by_warning(message: str) -> None:
     """Where nobody listens to what work has to say: a Python warning."""
     warnings.warn(message, stacklevel=3)

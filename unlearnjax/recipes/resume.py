@@ -16,7 +16,7 @@ from unlearnjax.data.rows import fingerprint as rows_fingerprint
 from unlearnjax.data.schedule import Schedule
 from unlearnjax.data.tokens import Tokens
 from unlearnjax.distributed.digest import digest_of
-from unlearnjax.distributed.processes import agreed, require_same
+from unlearnjax.distributed.processes import agreed, follows, require_same
 from unlearnjax.errors import UserError
 from unlearnjax.io.atomic import remove_left_overs, require_free
 from unlearnjax.recipes.describe import describe_hardware
@@ -62,8 +62,13 @@ def claim(out: str | Path, resume: bool, kind: Kind = RUN) -> Path:
 
     Raises:
       UserError: the folder is taken (`require_free`); with `resume`, one that holds something else than an unfinished
-        run: a finished one, or other files.
+        run: a finished one, or other files. In all processes of a job if it is so in the first.
     """
+    found = agreed(lambda: str(_claim(out, resume, kind)))
+    return _claim(out, resume, kind) if follows() else Path(found)
+
+
+def _claim(out: str | Path, resume: bool, kind: Kind) -> Path:
     target = Path(out).expanduser().resolve()
     if not target.is_dir() or not any(target.iterdir()):
         return require_free(out)
@@ -89,18 +94,23 @@ def clear(out: Path) -> None:
         shutil.rmtree(out / name, ignore_errors=True)
 
 
+def data_fingerprint(data: Data) -> dict[str, str]:
+    """A digest of each kind of rows that there is."""
+    return {name: rows_fingerprint(items) for name, items in data._asdict().items() if items is not None}
+
+
 def run_fingerprint(
-    recipe: Mapping[str, Any], data: Data, groups: Sequence[Prepared], model: Mapping[str, Any]
+    recipe: Mapping[str, Any], rows: Mapping[str, str], groups: Sequence[Prepared], model: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Everything that a run's candidates depend on, bit for bit, as plain data; arrays are given by digests. How
     they are merged and evaluated may change while a run goes on: journals of evaluation know what they are of.
 
     Args:
-      model: `model_fingerprint`.
+      rows: `data_fingerprint`. model: `model_fingerprint`.
     """
     return {
         "recipe": {key: own for key, own in recipe.items() if key not in AFTERWARDS},
-        "data": {name: rows_fingerprint(items) for name, items in data._asdict().items() if items is not None},
+        "data": dict(rows),
         **model,
         "tokens": [{side: digest_of(_arrays(tokens)) for side, tokens in g.sides.items()} for g in groups],
         "schedule": [_schedule_digest(g.schedule) for g in groups],

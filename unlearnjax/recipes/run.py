@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 import unlearnjax
 from unlearnjax.adapters.lora import lora_weights, scaled
 from unlearnjax.distributed.mesh import describe_sizes, mesh_of
+from unlearnjax.distributed.processes import require_same
 from unlearnjax.distributed.rules import idle
 from unlearnjax.errors import UserError
 from unlearnjax.evaluation.journal import Journal
@@ -50,6 +51,7 @@ from unlearnjax.recipes.resume import (
     check_interval,
     claim,
     clear,
+    data_fingerprint,
     model_fingerprint,
     run_fingerprint,
 )
@@ -190,6 +192,11 @@ def run(
     check_interval(checkpoint_every)
     check_dtype(dtype)
     data = load_data(sources)
+    rows = data_fingerprint(data)
+    require_same({
+        "recipe": to_plain(recipe), "rows": rows, "--dtype": dtype, "--gold": gold is not None,
+        "--mmlu-data": mmlu_data is not None, "--mmlu-shots": mmlu_shots,
+    })  # fmt: skip
     # The weights are read last: everything else about the input is cheap to check.
     folder = resolve(model) if isinstance(model, str) else None
     lm = without_weights(folder, str(model)) if folder is not None else model
@@ -232,7 +239,7 @@ def run(
             step = next(iter(group.schedule.steps[0].rows.values())).shape[1]
             for warning in idle(shared, len(group.group.places), len(group.objective.sides) * step):
                 say(f"warning: --mesh: {warning}")
-    known = run_fingerprint(plain, data, groups, of_model)
+    known = run_fingerprint(plain, rows, groups, of_model)
     keeper = open_keeper(out / CHECKPOINTS, known, every=checkpoint_every, say=say, resume=resume)
     journal = Journal(out / CHECKPOINTS / EVALUATION, of_model, say)
     with contextlib.ExitStack() as stack:

@@ -12,16 +12,18 @@ from jax.sharding import Mesh
 
 import unlearnjax
 from unlearnjax.distributed.mesh import choose_mesh, mesh_of
+from unlearnjax.distributed.processes import require_same
 from unlearnjax.errors import UserError, check_known
 from unlearnjax.evaluation.journal import Journal, recorded
+from unlearnjax.evaluation.protocol import stage
 from unlearnjax.io.atomic import remove_left_overs, staged_file
 from unlearnjax.io.huggingface import check_dtype, load_params, resolve
-from unlearnjax.io.locks import lock_folder
+from unlearnjax.io.locks import lock_for_all
 from unlearnjax.models.abstract import weight_bytes
 from unlearnjax.models.language_model import LanguageModel
 from unlearnjax.recipes.describe import describe_hardware
 from unlearnjax.recipes.prepare import without_weights
-from unlearnjax.recipes.progress import bars, say_by_warning, stage
+from unlearnjax.recipes.progress import bars, say_by_warning
 from unlearnjax.recipes.resume import Kind, claim, model_fingerprint
 from unlearnjax.report.schema import write_json
 from unlearnjax.report.trace import FILE, complete, render_trace_html
@@ -101,6 +103,7 @@ def run_trace(
     located, missing = locate(found, lm.require_tokenizer(), lm.config.max_positions)
     skipped += missing
     _check_left(located, skipped, facts)
+    require_same({"facts": [[*x.ids, x.begin, x.end] for x in located], "settings": dataclasses.asdict(settings)})
 
     if folder is not None:
         mesh = choose_mesh(mesh, 1, weight_bytes(lm.config, dtype))
@@ -109,7 +112,7 @@ def run_trace(
     fingerprint = {**model_fingerprint(lm.params), "settings": dataclasses.asdict(settings)}
     journal = Journal(out / TRACE.meanwhile, fingerprint, say or say_by_warning)
     journal.folder.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(journal.folder)
+    lock = lock_for_all(journal.folder)
     try:
         remove_left_overs(out)
         with bars(progress, "tracing", stop) as bar:

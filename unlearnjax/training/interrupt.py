@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from unlearnjax.distributed.processes import largest
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -33,14 +35,18 @@ class Stop:
 
     @contextlib.contextmanager
     def polling(self) -> Iterator[None]:
-        """While inside, a signal only sets `signum`. One that nobody looked at raises `Interrupted` on leaving."""
+        """While inside, a signal only sets `signum`. One that nobody looked at raises `Interrupted` on leaving.
+
+        In all processes of a job, whichever of them it came to: all must come to the end of it, or fail.
+        """
         self.polled = True
         try:
             yield
         finally:
             self.polled = False
-        if self.signum:
-            raise Interrupted(self.signum)
+        (signum,) = largest(self.signum)
+        if signum:
+            raise Interrupted(signum)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from unlearnjax.distributed.processes import agreed, firsts, follows, largest, m
 from unlearnjax.errors import UserError
 from unlearnjax.io.atomic import remove_left_overs, staged_file
 from unlearnjax.io.fingerprint import difference
-from unlearnjax.io.locks import lock_folder
+from unlearnjax.io.locks import lock_for_all
 from unlearnjax.training.checkpoint import (
     FORMAT,
     MANIFEST,
@@ -199,15 +199,7 @@ def open_keeper(
     fingerprint = json.loads(canonical(fingerprint))  # as it will read back
     require_same(fingerprint)
     folder = firsts(folder)
-    locks: list[int] = []
-
-    def hold() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        locks.append(lock_folder(folder))
-
-    agreed(hold)
-    lock = locks[0] if locks else -1
-    keeper = Keeper(folder, fingerprint, every, say, resume, lock, meetings(f"checkpoints {folder}"))
+    keeper = Keeper(folder, fingerprint, every, say, resume, lock_for_all(folder), meetings(f"checkpoints {folder}"))
     try:
         agreed(lambda: _mark(folder, fingerprint, say))
     except BaseException:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Int, PyTree
 
-from unlearnjax.distributed.processes import fetch
+from unlearnjax.distributed.processes import fetch, firsts, follows
 from unlearnjax.io.atomic import staged_file
 from unlearnjax.io.safetensors import Entry, open_file, write_file
 from unlearnjax.training.checkpoint import leaf_names
@@ -28,7 +28,8 @@ def waypoint_steps(steps: int, count: int) -> list[int]:
 
 
 def recorder(folder: Path, steps: Sequence[int]) -> Callable[[int, State], None]:
-    """What `train` calls after each step: writes the waypoints of `steps` into `folder`, each whole or not at all.
+    """What `train` calls after each step: writes the waypoints of `steps` into `folder`, each whole or not at all; of
+    a job's processes the first does.
 
     A run that goes on from a checkpoint passes some of its steps again and writes the same bytes again; those it does
     not pass again are there already.
@@ -40,6 +41,8 @@ def recorder(folder: Path, steps: Sequence[int]) -> Callable[[int, State], None]
             return
         leaves = {**leaf_names(states.trainable), "updates": states.updates}
         host = fetch(leaves)
+        if follows():
+            return
         folder.mkdir(parents=True, exist_ok=True)
         with staged_file(_path(folder, done)) as beside:
             write_file(beside, [Entry(name, leaf.shape, leaf.dtype, leaf) for name, leaf in host.items()])
@@ -48,12 +51,12 @@ def recorder(folder: Path, steps: Sequence[int]) -> Callable[[int, State], None]
 
 
 def read_waypoint(folder: Path, step: int, like: PyTree) -> Waypoint:
-    """A waypoint; `like` is a pytree of the trainable's structure.
+    """A waypoint, which the first of a job's processes has written; `like` is a pytree of the trainable's structure.
 
     Raises:
       UserError: no such file, or not one that `recorder` wrote for this structure.
     """
-    file = open_file(_path(folder, step))
+    file = open_file(_path(firsts(folder), step))
     leaves = [file.read(name) for name in leaf_names(like)]
     return Waypoint(jax.tree.unflatten(jax.tree.structure(like), leaves), file.read("updates"))
 
