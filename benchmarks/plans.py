@@ -11,8 +11,9 @@ at more than twice a device's memory on every mesh is not compiled. Reported for
 bytes, bytes sent, and the times that each limit of the chip alone would take. Nothing is run: these are programs that
 compile and fit, not speeds.
 
---scaling: weak scaling instead, on 8 to 256 chips of v5e with two candidates to a chip (Llama-3-70B: one to two
-chips, from 16 chips on). Its efficiency is the time of the slowest limit on the fewest chips over that on more.
+--scaling: how cost grows instead, with more and more candidates on 16 chips of v5e, and with two to a chip on 8 to 256
+of them (Llama-3-70B: one to two chips, from 16 chips on). The efficiency of this, weak scaling, is the time of the
+slowest limit on the fewest chips over that on more.
 """
 
 import argparse
@@ -32,6 +33,7 @@ MODELS = {
 }  # fmt: skip
 TOPOLOGIES = ("v5e-8", "v5e-16", "v5e-256", "v5p-64", "v6e-256")
 COUNTS = (2, 16, 64)
+MORE = (2, 4, 8, 16, 64)  # on the same chips
 CHIPS = (8, 16, 64, 256)
 PER_CHIP = {"OLMo-1B": 2, "OLMo-7B": 2, "Llama-3-70B": 0.5}  # candidates, for weak scaling
 STEPS = [1, *(n for power in (2**i for i in range(1, 12)) for n in (power, power * 3 // 2)), 4096]  # 1, 2, 3, 4, 6 ...
@@ -106,7 +108,7 @@ def main() -> None:
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     p.add_argument("--topologies", nargs="+", default=list(TOPOLOGIES))
-    p.add_argument("--scaling", action="store_true", help="weak scaling only")
+    p.add_argument("--scaling", action="store_true", help="how cost grows only")
     p.add_argument("--table", action="store_true", help="print what is there and compile nothing")
     a = p.parse_args()
     kept = json.loads(a.out.read_text(encoding="utf-8")) if a.out.exists() else {"benchmark": "plans", "cases": []}
@@ -179,7 +181,9 @@ def keep(found: dict[str, Any], file: Path) -> None:
 
 
 def scaling(name: str, case: Any) -> None:
-    """As many candidates to a chip, on more and more of them."""
+    """As many candidates to a chip, on more and more of them; before that, more and more on the same chips."""
+    for n in MORE:
+        case(name, "v5e-16", n)
     found = {n: case(name, f"v5e-{n}", int(PER_CHIP[name] * n)) for n in CHIPS}
     bounds = {n: max(one["seconds"].values()) for n, one in found.items() if one["fits"]}
     first = bounds[min(bounds)]
@@ -194,7 +198,7 @@ def growth(kept: dict[str, Any]) -> str:
     found = {(c["model"], c["topology"], c["candidates"]): c for c in kept["cases"]}
     for name in MODELS:
         weak = [(f"v5e-{n}", int(PER_CHIP[name] * n)) for n in CHIPS]
-        more = [("v5e-16", n) for n in (2, 4, 8, *COUNTS[1:])]
+        more = [("v5e-16", n) for n in MORE]
         for rows in (weak, more):
             cases = [(place, n, found[name, place, n]) for place, n in rows if (name, place, n) in found]
             cases = [one for one in cases if one[2]["fits"]]

@@ -37,8 +37,13 @@ from unlearnjax.distributed.processes import from_first, own_folder, put, requir
 from unlearnjax.errors import UserError
 from unlearnjax.io import safetensors
 from unlearnjax.io.atomic import staged_folder
+from unlearnjax.io.locks import lock_for_all
+from unlearnjax.merging import concatenate_lora
+from unlearnjax.training.interrupt import Interrupted, Stop
+from unlearnjax.training.waypoints import read_waypoint, recorder
 join()
 import jax, numpy as np
+from types import SimpleNamespace
 from jax.sharding import NamedSharding, PartitionSpec
 me = jax.process_index()
 said = {"process": me, "processes": jax.process_count(), "devices": jax.device_count(), "follows": follows()}
@@ -72,7 +77,7 @@ said["fetched"] = {name: got.tolist() for name, got in fetch({"y": y * 2, "z": x
 meet = meetings("test")
 meet("a"), meet("b")
 with own_folder(sys.argv[1]) as place:
-    said["there"] = sorted(p.name for p in place.iterdir())
+    said["there"] = sorted(str(p.relative_to(place)) for p in place.rglob("*") if p.is_file())
     said["own"], said["firsts"] = str(place), str(firsts(place / "a" / "b"))
     (place / "mine").write_text(str(me))
     write, said["wrote"] = safetensors.write_file, []
@@ -92,7 +97,42 @@ with own_folder(sys.argv[1]) as place:
     except Exception as error:
         said["not written"] = f"{type(error).__name__}: {error}"
     largest(0)
+    leaf = put(np.arange(8, dtype=np.float32), NamedSharding(mesh, PartitionSpec("x")))
+    recorder(place / "waypoints", [2])(2, SimpleNamespace(trainable={"a": leaf}, updates=np.full(2, 3)))
+    largest(0)
+    way = read_waypoint(place / "waypoints", 2, {"a": 0})
+    said["waypoint"] = way.trainable["a"].tolist(), way.updates.tolist(), (place / "waypoints").exists()
+    try:
+        said["locked"] = lock_for_all(place / "held") >= 0
+        largest(0)
+        lock_for_all(place / "held")
+    except UserError as error:
+        said["locked again"] = str(error)
+# Both factors are cut over the processes.
+cut = NamedSharding(mesh, PartitionSpec(None, None, None, "x")), NamedSharding(mesh, PartitionSpec(None, None, "x"))
+lora = np.arange(32, dtype=np.float32).reshape(2, 1, 2, 8), np.ones((2, 1, 8, 2), np.float32)
+pair = dict(zip("ab", put(lora, cut)))
+joined = fetch(concatenate_lora({"q": pair}, np.ones(2, "f"))["q"])
+said["joined"] = [joined["a"].tolist(), joined["b"].shape]
+stop = Stop(signum=15 * me)
+try:
+    with stop.polling():
+        pass
+except Interrupted as error:
+    said["stopped"] = error.signum
 print(json.dumps(said), flush=True)
+leave(0)
+"""
+
+
+JOINING = """
+import json
+from unlearnjax.distributed.processes import join, leave
+from unlearnjax.errors import UserError
+try:
+    join()
+except UserError as error:
+    print(json.dumps(str(error)), flush=True)
 leave(0)
 """
 
@@ -206,11 +246,10 @@ def told(program, own, *arguments):
     """What two processes print last, as JSON."""
     processes, number = [], port()
     for i in range(2):
-        env = own(number, i) | {
-            "JAX_NUM_CPU_DEVICES": "2",
-            "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": os.pathsep.join(sys.path),
-        }
+        env = {
+            "JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path),
+            **own(number, i),
+        }  # fmt: skip
         command = [sys.executable, "-c", program, *arguments]
         processes.append(subprocess.Popen(command, env={**os.environ, **env}, stdout=subprocess.PIPE, text=True))
     found = []
@@ -252,8 +291,12 @@ def by_mpirun_5(number, i):
 def test_two_processes_find_each_other_and_agree(started, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "begun").write_text("x")
-    (out / "lock").write_text("x")
+    for name in (
+        "begun", "lock", "candidates/a", "checkpoints/step-00000001/a", "checkpoints/waypoints/a",
+        "journal/model/full/attacks.jsonl",
+    ):  # fmt: skip
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("x")
     found = told(PROGRAM, started, str(out))
     for i, said in enumerate(found):
         assert said["process"] == i and said["processes"] == 2 and said["devices"] == 4
@@ -266,14 +309,24 @@ def test_two_processes_find_each_other_and_agree(started, tmp_path):
         assert said["held"] == [4.0 * i, 4.0 * i + 1, 4.0 * i + 2, 4.0 * i + 3]
         assert said["fetched"] == {"y": [2.0 * v for v in range(8)], "z": [1.0 * v for v in range(8)]}
         assert said["firsts"] == str(out / "a" / "b")
+        assert said["waypoint"] == [[float(v) for v in range(8)], [3, 3], i == 0]
+        assert said["locked"] == (i == 0) and "another process is working there" in said["locked again"]
+        assert said["joined"] == [(np.arange(32.0).reshape(1, 4, 8) / 2).tolist(), [1, 8, 4]]
+        assert said["stopped"] == 15
     first, second = found
-    assert first["own"] == str(out) != second["own"] and second["there"] == ["begun"]
+    assert first["own"] == str(out) != second["own"]
+    assert second["there"] == ["begun", "journal/model/full/attacks.jsonl"]
     assert first["wrote"] == 2 * ["00001", "00003"] and second["wrote"] == ["00002"]
     assert "another process could not write its files" in first["not written"] and "TypeError" in second["not written"]
-    assert sorted(p.name for p in out.iterdir()) == ["begun", "lock", "mine", "model"]
+    assert {p.name for p in out.iterdir() if p.is_file()} == {"begun", "lock", "mine"}
     model = open_folder(out / "model")
     assert [model.read(f"t{i}").tolist() for i in range(3)] == [[float(i * v) for v in range(8)] for i in range(3)]
     assert (out / "mine").read_text() == "0" and not os.path.exists(second["own"])
+
+
+def test_processes_of_unlike_hosts_are_told():
+    found = told(JOINING, lambda number, i: by_environment(number, i) | {"JAX_NUM_CPU_DEVICES": str(i + 1)})
+    assert found[0] == found[1] and "these have: process 0 1, process 1 2" in found[0]
 
 
 def test_a_checkpoint_that_one_process_cannot_see_stays_where_it_is(tmp_path):

@@ -169,7 +169,7 @@ class Job:
     def struck(self, out, moment, fault, victim, *more):
         """Run, and send a signal to one of its processes, or fill the disk, `moment` seconds after its first file.
 
-        Returns what it was at, or None if it had ended by itself.
+        Returns what it was at, or None if it had ended by itself, and the exit statuses.
         """
         before = stamp(out)
         run = self.start(out, *more)
@@ -183,7 +183,7 @@ class Job:
             else:
                 run.all[victim].send_signal(signal.Signals[fault])
             try:
-                run.wait(timeout=BOUND)
+                statuses = run.wait(timeout=BOUND)
             except subprocess.TimeoutExpired:
                 raise SystemExit(
                     f"{BOUND} s after one process was killed others are running: {self.log_of(out)}"
@@ -191,26 +191,30 @@ class Job:
             if fault == FULL:
                 at = phase_of(out)
                 (self.disk / "ballast").unlink()
-                return at
+                return at, statuses
             self.slowest = max(self.slowest, time.monotonic() - sent)
-            return phase_of(out)
+            told = {"SIGTERM": 128 + signal.SIGTERM, "SIGKILL": -signal.SIGKILL}[fault]
+            if statuses[victim] not in (0, told):  # 0: it had come to its end
+                raise SystemExit(f"after {fault} process {victim} ended with {statuses[victim]}: {self.log_of(out)}") from None
+            return phase_of(out), statuses
         if any(statuses):
             raise SystemExit(f"a run failed by itself: {self.log_of(out)}")
-        return None
+        return None, statuses
 
     def cycle(self, number, draw):
         """One time: kill, perhaps damage, resume, perhaps kill again, resume to the end; returns its record."""
         out = self.disk / f"cycle{number}"
         while True:
             shutil.rmtree(out, ignore_errors=True)
-            record = {"moments": [], "faults": [], "processes": [], "at": [], "damage": None}
+            record = {"moments": [], "faults": [], "processes": [], "at": [], "statuses": [], "damage": None}
             for more in [[], ["--resume"]][: 2 if draw.random() < 1 / 3 else 1]:
                 record["moments"].append(round(draw.uniform(0, self.seconds["ended"]), 3))
                 faults = ["SIGTERM", "SIGKILL", "SIGKILL", "SIGKILL", "SIGKILL" if self.disk == self.folder else FULL]
                 record["faults"].append(draw.choice(faults))
                 record["processes"].append(draw.randrange(self.processes))
-                at = self.struck(out, record["moments"][-1], record["faults"][-1], record["processes"][-1], *more)
-                record["at"].append(at)
+                struck = self.struck(out, record["moments"][-1], record["faults"][-1], record["processes"][-1], *more)
+                for name, own in zip(("at", "statuses"), struck, strict=True):
+                    record[name].append(own)
                 if record["at"][-1] in (None, "ended"):
                     break
                 if record["damage"] is None and draw.random() < 1 / 2:
