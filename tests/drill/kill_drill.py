@@ -195,7 +195,8 @@ class Job:
             self.slowest = max(self.slowest, time.monotonic() - sent)
             told = {"SIGTERM": 128 + signal.SIGTERM, "SIGKILL": -signal.SIGKILL}[fault]
             if statuses[victim] not in (0, told):  # 0: it had come to its end
-                raise SystemExit(f"after {fault} process {victim} ended with {statuses[victim]}: {self.log_of(out)}") from None
+                said = f"after {fault} process {victim} ended with {statuses[victim]}: {self.log_of(out)}"
+                raise SystemExit(said) from None
             return phase_of(out), statuses
         if any(statuses):
             raise SystemExit(f"a run failed by itself: {self.log_of(out)}")
