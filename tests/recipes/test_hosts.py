@@ -30,6 +30,7 @@ class Job:
         for index in range(count):
             own = {
                 "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path),
+                "PYTHONFAULTHANDLER": "1",
             }  # fmt: skip
             if count > 1:
                 own |= {
@@ -48,12 +49,19 @@ class Job:
         return [self._log(i).read_text() for i in range(len(self.processes))]
 
     def ended(self, seconds=500):
-        """The exit statuses."""
+        """The exit statuses. Processes that have not ended by then are made to say where they are, and fail the test."""
+        by = time.monotonic() + seconds
         try:
-            return [p.wait(timeout=seconds) for p in self.processes]
+            return [p.wait(timeout=max(0.0, by - time.monotonic())) for p in self.processes]
+        except subprocess.TimeoutExpired:
+            for p in self.processes:
+                p.send_signal(signal.SIGABRT)
+            time.sleep(5)  # their stacks go to the logs
+            raise AssertionError(f"not ended after {seconds} s: {self.logs()}") from None
         finally:
             for p in self.processes:
                 p.kill()
+                p.wait()
 
     def wait_for(self, path, seconds=300):
         """Until a file or folder is there."""
@@ -176,7 +184,7 @@ def test_a_full_evaluation_goes_on_in_two_processes(world, tmp_path):
     out = tmp_path / "out"
     command = [
         "evaluate", "--model", base.source, "--original", base.source, "--forget", sources.forget, "--retain",
-        sources.retain, "--max-new-tokens", "8", "--evaluate", "full", "--batch-size", "2",
+        sources.retain, "--max-new-tokens", "8", "--evaluate", "full",
     ]  # fmt: skip
     job = Job([*command, "--mesh", "data=4,fsdp=2", "--out", str(out)], tmp_path / "logs")
     job.wait_for(out / "journal" / "model" / "full")

@@ -16,7 +16,7 @@ from unlearnjax.distributed.processes import put
 from unlearnjax.distributed.rules import idle, of_candidates, of_params, of_store, of_work
 from unlearnjax.models.abstract import init_params
 from unlearnjax.models.config import ModelConfig
-from unlearnjax.models.decoder import build
+from unlearnjax.models.decoder import Remat, build
 from unlearnjax.objectives.objective import objective
 from unlearnjax.training.hyperparameters import SCHEDULES, stack
 from unlearnjax.training.loop import fresh_states, work_of
@@ -38,6 +38,9 @@ def measure(
     rank: int = 32,
     dtype: str = "float32",
     mesh: Mesh | None = None,
+    remat: Remat | None = None,
+    flash: bool = False,
+    tokens_at_once: int | None = None,
     repeats: int = 5,
 ) -> dict[str, Any]:
     """Time one optimizer update of every candidate: `micro_batch` forget rows and as many retain rows of `length`
@@ -51,7 +54,7 @@ def measure(
       steps_per_second (candidate-steps), state_mib (of all candidates), held_mib (of the first device: its part of the
       base, rows and states), idle (which devices do others' work again), compile_seconds, and what was measured.
     """
-    model = build(config)
+    model = build(config, remat=remat, flash=flash)
     abstract = model.abstract(jnp.dtype(dtype))
     places = None if mesh is None else of_params(mesh, abstract)
     params = jax.jit(lambda key: init_params(abstract, key), out_shardings=places)(jax.random.key(0))
@@ -68,7 +71,7 @@ def measure(
     }
     adapter = lora(config, tuple(config.linears), rank)
     h = stack([_settings(i, candidates, rank) for i in range(candidates)])
-    task = Task(model, adapter, wanted, False, mesh=mesh)
+    task = Task(model, adapter, wanted, False, tokens_at_once, mesh=mesh)
     if mesh is not None:
         stores = put(stores, of_store(mesh, stores))
         h = put(h, of_candidates(mesh, {}, h))

@@ -41,8 +41,12 @@ def _linears(config: ModelConfig) -> tuple[int, int]:
     return config.layers * sum(o * i for o, i in sizes), config.layers * sum(o + i for o, i in sizes)
 
 
-def step_flops(config: ModelConfig, w: Workload) -> float:
-    """Products of one training step of all candidates."""
+def step_flops(config: ModelConfig, w: Workload, recomputed: bool = True) -> float:
+    """Products of one training step of all candidates.
+
+    Args:
+      recomputed: count the second pass forward too, where there is one. Without: what the model needs, as MFU has it.
+    """
     base, adapter = _linears(config)
     adapter *= w.rank
     tokens = len(objective(w.terms).sides) * w.micro_batch * w.length
@@ -51,7 +55,7 @@ def step_flops(config: ModelConfig, w: Workload) -> float:
     backward = 2 * tokens * (base + 2 * adapter) + 8 * attention
     _, out, inner = config.linears["down"]
     last = 2 * tokens * config.layers * out * (inner + w.rank)
-    again = forward - last if config.layers > SCANNED else 0
+    again = forward - last if recomputed and config.layers > SCANNED else 0
     head = 4 * tokens / 2 * config.vocab_size * config.hidden_size
     return float(w.candidates * (forward + backward + again + head))
 

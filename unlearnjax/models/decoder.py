@@ -1,8 +1,8 @@
 """The decoder's forward pass: embeddings, layers (unrolled or scanned), final norm. Hidden states out, never logits."""
 
 import functools
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -12,10 +12,13 @@ from jaxtyping import Array, Float, Int, PyTree
 from unlearnjax.models.abstract import abstract_params
 from unlearnjax.models.cache import Cache, Slots, init_cache
 from unlearnjax.models.config import ModelConfig
-from unlearnjax.models.layers import MLP, Attention, Norm, pick
+from unlearnjax.models.layers import KEPT, MLP, Attention, Norm, pick
 from unlearnjax.models.masks import causal_mask, window_mask
 from unlearnjax.models.protocol import WHERE_IT_IS, Dropout, Model, Output, Spread, Taps
 from unlearnjax.models.rope import rotations
+
+
+Remat = Literal["none", "linears", "full"]  # see `build`
 
 
 class DecoderLayer(nn.Module):
@@ -26,6 +29,7 @@ class DecoderLayer(nn.Module):
 
     config: ModelConfig
     scores_at_once: int | None = None
+    flash: bool = False
 
     @nn.compact
     def __call__(
@@ -54,7 +58,7 @@ class DecoderLayer(nn.Module):
         def after(name: str, value: Array) -> Array:
             return value if c.norms == "before" else Norm(c.norm, c.norm_eps, name=f"{name}_post_norm")(value)
 
-        attention = Attention(c, self.scores_at_once, name="attention")
+        attention = Attention(c, self.scores_at_once, self.flash, name="attention")
         attended, slots = attention(before("attention", x), rotation, mask, slots, dropout, at)
         x = x if at is None else pick(x, at)
         x = x + tap("attention", after("attention", attended))
@@ -97,8 +101,9 @@ def final_norm(
 def forward(
     config: ModelConfig,
     unroll: bool,
-    remat: bool,
+    remat: Remat,
     scores_at_once: int | None,
+    flash: bool,
     params: PyTree[Array],
     lora: PyTree[Array] | None,
     tokens: Int[Array, "batch length"] | Float[Array, "batch length hidden"],
@@ -129,7 +134,9 @@ def forward(
     if taps.embed_add is not None:
         x = x + taps.embed_add.astype(x.dtype)
 
-    layer = DecoderLayer(config, scores_at_once)
+    # What is real never looks to the padding at its right, so without segments the mask is the causal one.
+    causal = segments is None and cache is None and not any(sliding)
+    layer = DecoderLayer(config, scores_at_once, flash and causal)
 
     def body(
         x: Array, slots: Slots | None, xs: tuple[Any, Any, Any], slides: bool | Array, at: Array | None
@@ -144,7 +151,7 @@ def forward(
         x, slots, seen = layer.apply(variables, x, *view, slots, dropped, replace, at)  # type: ignore[misc]
         return spread.stream(x), slots, {site: seen[site] for site in taps.read}
 
-    saving = jax.checkpoint if remat else lambda step: step
+    saving = _saving(remat, unroll)
     trees = {"params": params["layers"], "lora": {} if lora is None else lora["layers"]}
     indices = jnp.arange(first, last, dtype=jnp.int32)
     walk = _unrolled if unroll else _scanned
@@ -156,6 +163,15 @@ def forward(
     if cache is not None and segments_after is not None:
         after = Cache(*cache_parts, segments_after, cache.length + length)
     return Output(x, after, read)
+
+
+def _saving(remat: Remat, unroll: bool) -> Callable[[Any], Any]:
+    """What wraps a layer, so that its backward pass finds what it needs."""
+    if remat == "none":
+        return lambda step: step
+    kept = jax.checkpoint_policies.save_only_these_names(*KEPT) if remat == "linears" else None
+    # In a scan nothing can take the second pass for the first.
+    return functools.partial(jax.checkpoint, policy=kept, prevent_cse=unroll)
 
 
 def _unrolled(
@@ -233,24 +249,29 @@ CPU_SCORES_AT_ONCE = 2**19
 
 
 def build(
-    config: ModelConfig, *, unroll: bool | None = None, remat: bool | None = None, scores_at_once: int | None = None
-) -> Model:
+    config: ModelConfig, *, unroll: bool | None = None, remat: Remat | None = None, scores_at_once: int | None = None,
+    flash: bool = False,
+) -> Model:  # fmt: skip
     """A decoder as functions.
 
     Args:
       config: the model's sizes.
       unroll: unroll the layers (faster steps, slower compiles) or scan them. Default: unrolled up to UNROLLED.
-      remat: recompute each layer in the backward pass instead of keeping its activations. Default: where layers are
-        scanned.
+      remat: what the backward pass recomputes of a layer: nothing (`none`), what lies between its linears, whose
+        outputs are kept (`linears`), or all of it (`full`), which keeps the layer's input alone. Default: `none` where
+        layers are unrolled, else `full`.
       scores_at_once: attention goes through the rows in blocks of about so many scores. Default: all rows at once,
         but CPU_SCORES_AT_ONCE where JAX's default device is a CPU.
+      flash: attention by cuDNN's fused kernel where it can be: bfloat16 or float16 on a GPU, without segments, cache
+        or sliding window. It forms no scores in memory.
     """
     unroll = config.layers <= UNROLLED if unroll is None else unroll
-    remat = not unroll if remat is None else remat
+    if remat is None:
+        remat = "none" if unroll else "full"
     if scores_at_once is None and jax.default_backend() == "cpu":
         scores_at_once = CPU_SCORES_AT_ONCE
-    run = functools.partial(forward, config, unroll, remat, scores_at_once)
+    run = functools.partial(forward, config, unroll, remat, scores_at_once, flash)
     cache = functools.partial(init_cache, config, unroll)
     split = functools.partial(apart, config, unroll)
-    whole = functools.partial(build, config, unroll=True, remat=remat, scores_at_once=scores_at_once)
+    whole = functools.partial(build, config, unroll=True, remat=remat, scores_at_once=scores_at_once, flash=flash)
     return Model(config, run, functools.partial(abstract_params, config), head, cache, split, whole)

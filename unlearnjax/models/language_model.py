@@ -15,7 +15,7 @@ from unlearnjax.errors import UserError
 from unlearnjax.io.card import model_card
 from unlearnjax.io.huggingface import check_dtype, load_config, load_params, load_tokenizer, resolve, save_folder
 from unlearnjax.models.config import ModelConfig
-from unlearnjax.models.decoder import build
+from unlearnjax.models.decoder import Remat, build
 from unlearnjax.models.precision import precision
 from unlearnjax.models.protocol import Model
 
@@ -87,7 +87,7 @@ def _logits(model: Model, params: PyTree[Array], tokens: Array, segments: Array 
 
 
 def load_model(
-    folder: str | Path, dtype: str = "float32", *, unroll: bool | None = None, remat: bool | None = None,
+    folder: str | Path, dtype: str = "float32", *, unroll: bool | None = None, remat: Remat | None = None,
     mesh: Mesh | None = None,
 ) -> LanguageModel:  # fmt: skip
     """Load a causal language model from a Hugging Face folder or the hub.

@@ -3,15 +3,19 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from unlearnjax.models.abstract import name_key
-from unlearnjax.models.attention import attend
+from unlearnjax.models.attention import attend, attend_causally
 from unlearnjax.models.cache import Slots, extend
 from unlearnjax.models.config import ModelConfig
 from unlearnjax.models.precision import precision
 from unlearnjax.models.protocol import Dropout
 from unlearnjax.models.rope import rotate
+
+
+KEPT = OUTPUT, LOW_RANK = "linear's output", "low-rank input"  # names of what `remat="linears"` keeps
 
 
 def project(x: Float[Array, "... inner"], weight: Float[Array, "out inner"]) -> Float[Array, "... out"]:
@@ -63,8 +67,9 @@ class Linear(nn.Module):
             a: Array = self.get_variable("lora", "a")
             b: Array = self.get_variable("lora", "b")
             dropped = x if dropout is None else drop(x, dropout, self.name or "linear")
-            y = y + project(project(dropped, a.astype(x.dtype)), b.astype(x.dtype))
-        return y
+            low = checkpoint_name(project(dropped, a.astype(x.dtype)), LOW_RANK)
+            y = y + project(low, b.astype(x.dtype))
+        return checkpoint_name(y, OUTPUT)
 
 
 class Norm(nn.Module):
@@ -95,6 +100,7 @@ class Attention(nn.Module):
 
     config: ModelConfig
     scores_at_once: int | None = None
+    flash: bool = False  # the mask is the causal one: the fused kernel may be taken
 
     @nn.compact
     def __call__(
@@ -138,7 +144,10 @@ class Attention(nn.Module):
         if slots is not None:
             slots, keys, values = extend(slots, keys, values)
             at_once = at_once if keys.shape[3] == x.shape[1] else None  # blocks of a cache's rows would be copies
-        mixed = attend(grouped, keys, values, mask, c.attention_scale, at_once)
+        if self.flash and at is None:
+            mixed = attend_causally(grouped, keys, values, c.attention_scale)
+        else:
+            mixed = attend(grouped, keys, values, mask, c.attention_scale, at_once)
         mixed = mixed.reshape(batch, c.heads, -1, c.head_dim).transpose(0, 2, 1, 3)
         mixed = mixed.reshape(batch, -1, c.heads * c.head_dim)
         return Linear(c.hidden_size, name="o")(mixed, dropout), slots
