@@ -47,23 +47,23 @@ def model(name: str) -> Any:
 
 def guess(name: str, topology: str) -> int:
     """Which of `STEPS` fits at most, by the closed form: where to begin to look."""
-    from unlearnjax.distributed.estimate import estimate, meshes
+    from unlearnjax.distributed.choose import best_way, fits, meshes
     from unlearnjax.distributed.programs import Workload
     from unlearnjax.distributed.topology import parse_topology
 
     place = parse_topology(topology)
 
-    def fits(n: int) -> bool:
+    def holds(n: int) -> bool:
         work = Workload(candidates=n)
         first = meshes(model(name), work, place.devices, place.chip)[0]
-        return estimate(model(name), work, first, place.chip).held <= 0.9 * place.chip.memory
+        return fits(best_way(model(name), work, first, place.chip)[1], place.chip.memory)
 
-    return max((n for n in STEPS if fits(n)), default=STEPS[0])
+    return max((n for n in STEPS if holds(n)), default=STEPS[0])
 
 
 def planned(name: str, topology: str, candidates: int) -> dict[str, Any]:
     """The training step on the first mesh that fits, of three."""
-    from unlearnjax.distributed.estimate import estimate, meshes
+    from unlearnjax.distributed.choose import best_way, meshes
     from unlearnjax.distributed.mesh import describe_sizes
     from unlearnjax.distributed.plan import make_plan, plan_as_plain
     from unlearnjax.distributed.programs import Workload
@@ -73,7 +73,7 @@ def planned(name: str, topology: str, candidates: int) -> dict[str, Any]:
     place, work = parse_topology(topology), Workload(candidates=candidates)
     tried = meshes(model(name), work, place.devices, place.chip)
     # Where none fits the first one is the nearest to it.
-    held = estimate(model(name), work, tried[0], place.chip).held
+    held = best_way(model(name), work, tried[0], place.chip)[1].held
     gib = {"total": round(held / 2**30, 2), "available": round(place.chip.memory / 2**30, 2)}
     found = {"mesh": describe_sizes(tried[0]), "fits": False, "gib": gib, "by": "closed form"}
     if held > 2 * place.chip.memory:

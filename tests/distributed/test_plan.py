@@ -9,10 +9,11 @@ import pytest
 from tests.kernels.base import v5e
 from unlearnjax.cli.main import main
 from unlearnjax.distributed import plan
+from unlearnjax.distributed.choose import best_way, fastest, meshes, most_candidates, ways
 from unlearnjax.distributed.costs import Costs
-from unlearnjax.distributed.estimate import estimate, fastest, meshes, most_candidates, step_flops
+from unlearnjax.distributed.estimate import candidates_together, estimate, merge_held, step_flops
 from unlearnjax.distributed.mesh import make_mesh
-from unlearnjax.distributed.plan import Compiled, Plan, Tried, compile_program, make_plan, plan_as_plain, render
+from unlearnjax.distributed.plan import Compiled, Plan, Tried, Way, compile_program, make_plan, plan_as_plain, render
 from unlearnjax.distributed.programs import Workload, merge_step, training_step
 from unlearnjax.distributed.rules import whole
 from unlearnjax.distributed.topology import CHIPS, chip_of, parse_topology, tpu_devices
@@ -80,9 +81,10 @@ def test_the_closed_form_knows_how_many_sides_an_objective_reads():
 
 def test_a_loop_of_unknown_length_is_told():
     own = Compiled("merge", True, {}, 0, 0, 2**30, Costs(1e12, 1e9, {}, 1), 1.0)
-    tried = Tried({"candidate": 8}, own)
+    tried = Tried({"candidate": 8}, Way("linears", 1, 4), own)
     text = render(plan_as_plain(Plan(EIGHT, Workload(8), [tried], tried)))
     assert "length of a loop is not in the program" in text and "bound by products" in text
+    assert "mesh candidate=8: remat linears, 1 of 4 candidates at a time" in text
 
 
 def test_meshes_that_cannot_fit_come_last_and_waste_comes_late():
@@ -139,15 +141,50 @@ def test_sixteen_candidates_of_olmo_7b_fit_eight_chips_and_their_merge_does_too(
 
 
 def test_as_many_candidates_as_a_device_holds():
-    many, chip = Workload(64), parse_topology("v5e-8").chip
-    held = lambda n, sizes: estimate(OLMO_7B, Workload(n), sizes, chip).held  # noqa: E731
+    many, chip = Workload(128), parse_topology("v5e-8").chip
+    held = lambda n, sizes: best_way(OLMO_7B, Workload(n), sizes, chip)[1].held  # noqa: E731
     for sizes in ({"fsdp": 8}, {"candidate": 2, "fsdp": 4}):
         most = most_candidates(OLMO_7B, many, sizes, chip.memory)
         apart = sizes.get("candidate", 1)
-        assert 1 < most < 64 and most % apart == 0
+        assert 1 < most < 128 and most % apart == 0
         assert held(most, sizes) <= 0.9 * chip.memory < held(most + apart, sizes)
     assert most_candidates(OLMO_7B, many, {"fsdp": 8}, 1.0) == 1
-    assert most_candidates(OLMO_7B, many, {"fsdp": 8}, 1e15) == 64
+    assert most_candidates(OLMO_7B, many, {"fsdp": 8}, 1e15) == 128
+
+
+def test_the_way_that_fits_and_computes_least_comes_first():
+    """As memory becomes less: fewer candidates at a time, then whole layers once more; never more than is there."""
+    work, sizes = Workload(16), {"fsdp": 8}
+    found = []
+    for memory in (80e9, 16e9, 12e9, 9e9, 6.2e9):
+        chip = EIGHT.chip._replace(memory=memory)
+        way, own = best_way(OLMO_7B, work, sizes, chip)
+        assert own.held <= 0.9 * memory and own == estimate(OLMO_7B, way, sizes, chip)
+        found.append((way.remat, candidates_together(way, 16)))
+        assert ways(OLMO_7B, work, sizes, chip)[0] == way
+    assert found[0] == ("linears", 16)
+    together = [n for remat, n in found if remat == "linears"]
+    assert together == sorted(together, reverse=True) and len(set(together)) > 1
+    assert found[-1][0] == "full"
+    # Gathering the base for every group takes longer than computing once more.
+    slow = EIGHT.chip._replace(link=EIGHT.chip.link / 4)
+    assert best_way(OLMO_7B, work, sizes, slow)[0].remat == "full"
+    # What is asked for stays.
+    asked = work._replace(remat="full", tokens_at_once=4096)
+    assert ways(OLMO_7B, asked, sizes, EIGHT.chip) == [asked]
+
+
+def test_a_mesh_without_room_for_the_merge_comes_after_those_that_have_it():
+    found = meshes(OLMO_7B, Workload(16), 8, EIGHT.chip)
+    first, memory = found[0], 0.9 * EIGHT.chip.memory
+    faster = [
+        sizes for sizes in found
+        if best_way(OLMO_7B, Workload(16), sizes, EIGHT.chip)[1].apart
+        < best_way(OLMO_7B, Workload(16), first, EIGHT.chip)[1].apart
+        and best_way(OLMO_7B, Workload(16), sizes, EIGHT.chip)[1].held <= memory
+    ]  # fmt: skip
+    assert merge_held(OLMO_7B, Workload(16), first) <= memory
+    assert faster and all(merge_held(OLMO_7B, Workload(16), sizes) > memory for sizes in faster)
 
 
 def test_a_run_and_a_plan_choose_the_same_mesh():
@@ -178,13 +215,16 @@ def test_a_device_says_what_it_is():
 
 def test_of_meshes_that_do_not_fit_the_nearest_to_it_comes_first():
     chip, work = EIGHT.chip, Workload(64)
-    found = [estimate(OLMO_7B, work, sizes, chip) for sizes in meshes(OLMO_7B, work, 8, chip)]
+    order = meshes(OLMO_7B, work, 8, chip)
+    found = [best_way(OLMO_7B, work, sizes, chip)[1] for sizes in order]
     fits = [own.held <= 0.9 * chip.memory for own in found]
     assert fits == sorted(fits, reverse=True) and not all(fits)
-    beyond = [own.held for own, fit in zip(found, fits, strict=True) if not fit]
-    assert beyond == sorted(beyond)
-    seconds = [own.seconds for own, fit in zip(found, fits, strict=True) if fit]
-    assert seconds == sorted(seconds)
+    for merges in (True, False):
+        mergeable = [(merge_held(OLMO_7B, work, sizes) <= 0.9 * chip.memory) == merges for sizes in order]
+        beyond = [own.held for own, fit, this in zip(found, fits, mergeable, strict=True) if this and not fit]
+        assert beyond == sorted(beyond)
+        seconds = [own.seconds for own, fit, this in zip(found, fits, mergeable, strict=True) if this and fit]
+        assert seconds == pytest.approx(sorted(seconds), rel=1e-5)
 
 
 @pytest.mark.slow

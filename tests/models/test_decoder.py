@@ -63,7 +63,7 @@ def test_remat_and_scan_give_the_same_gradient(params, lora, gradient, unroll, r
 
 @pytest.mark.parametrize("unroll", [True, False])
 def test_remat_recomputes_what_it_says(params, lora, unroll):
-    """Products of a layer's pass forward come once more with `full`, those with attention's scores alone with `linears`."""
+    """All products of a layer's pass forward come once more with `full`, attention's scores alone with `linears`."""
 
     def products(remat):
         model = build(CONFIG, unroll=unroll, remat=remat)

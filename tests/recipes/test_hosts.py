@@ -49,7 +49,7 @@ class Job:
         return [self._log(i).read_text() for i in range(len(self.processes))]
 
     def ended(self, seconds=500):
-        """The exit statuses. Processes that have not ended by then are made to say where they are, and fail the test."""
+        """The exit statuses. Processes that have not ended by then say where they are, and fail the test."""
         by = time.monotonic() + seconds
         try:
             return [p.wait(timeout=max(0.0, by - time.monotonic())) for p in self.processes]

@@ -1,5 +1,6 @@
 """Timing jobs turn by turn, and the devices they run on."""
 
+import functools
 import math
 import statistics
 import time
@@ -7,10 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from unlearnjax.distributed.mesh import describe_sizes, make_mesh, parse_mesh
+from unlearnjax.distributed.topology import known_chip
 from unlearnjax.errors import UserError
+from unlearnjax.models.precision import precision
 
 
 def laps(jobs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
@@ -44,6 +48,23 @@ def device(mesh: Mesh | None) -> dict[str, Any]:
         "devices": 1 if mesh is None else mesh.size,
         "mesh": None if mesh is None else describe_sizes(mesh.shape),
     }
+
+
+@functools.cache
+def matmul_rate(dtype: str) -> float:
+    """Operations per second of a large product of square matrices on the first device, the best of five: what a step
+    made of nothing else could reach there. Entries are random: an accelerator is faster at zeros."""
+    edge = 2048 if jax.default_backend() == "cpu" else 8192
+    exact = precision(jnp.dtype(dtype))
+    a = jax.random.normal(jax.random.key(0), (edge, edge), dtype)
+    product = jax.jit(lambda a: jnp.matmul(a, a, precision=exact))
+    return 2 * edge**3 / min(laps({"product": lambda: product(a)}, 5)["product"])
+
+
+def published_rate(dtype: str) -> float | None:
+    """The device's operations per second by its data sheet; None where it is not known for the device or dtype."""
+    chip = known_chip(jax.devices()[0].device_kind)
+    return None if chip is None or dtype == "float32" else chip.flops
 
 
 def bytes_held(tree: Any) -> int:

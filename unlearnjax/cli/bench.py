@@ -37,14 +37,21 @@ def add_options(p: argparse.ArgumentParser) -> None:
     q.add_argument("--micro-batch", type=int, default=4, help="forget rows, and retain rows, per step (default: 4)")
     q.add_argument("--length", type=int, default=128, help="tokens per row (default: 128)")
     q.add_argument("--rank", type=int, default=32, help="of the LoRA adapters (default: 32)")
+    q.add_argument("--dropout", type=float, default=0.0, help="on the adapters' inputs (default: 0)")
+    text = "what the backward pass recomputes: none, linears or full (default: as a run here would)"
+    q.add_argument("--remat", choices=("none", "linears", "full"), help=text)
+    q.add_argument("--tokens-at-once", type=int, metavar="N", help="as in a recipe: candidates in groups of so many")
     common(q)
 
 
 def bench(a: argparse.Namespace) -> None:
     """Measure, print a row after each, and keep the JSON lines."""
-    for name in ("repeats", "micro_batch", "length", "rank"):
-        if getattr(a, name, 1) < 1:
-            raise UserError(f"bench: --{name.replace('_', '-')} must be at least 1, not {getattr(a, name)}")
+    for name in ("repeats", "micro_batch", "length", "rank", "tokens_at_once"):
+        value = getattr(a, name, None)
+        if value is not None and value < 1:
+            raise UserError(f"bench: --{name.replace('_', '-')} must be at least 1, not {value}")
+    if not 0 <= getattr(a, "dropout", 0.0) < 1:
+        raise UserError(f"bench: --dropout must be at least 0 and below 1, not {a.dropout}")
     if min(a.n) < 1:
         raise UserError(f"bench: --n must be at least 1, not {min(a.n)}")
     if a.dtype not in {*DTYPES, *DTYPES.values()}:
@@ -88,20 +95,27 @@ def _training(a: argparse.Namespace, dtype: str) -> None:
     from unlearnjax.io.huggingface import load_config
 
     config, mesh = SMALL if a.model is None else load_config(a.model), mesh_named(a.mesh)
-    rows = _Table(("N", "ms per step", "candidate-steps/s", "candidate-tokens/s", "states MiB", "compile s"), a.json)
+    columns = ("N", "together", "remat", "ms per step", "candidate-steps/s", "candidate-tokens/s", "TFLOP/s",
+               "% of matmul", "MFU %", "states MiB", "temporaries MiB", "compile s")  # fmt: skip
+    rows = _Table(columns, a.json)
     for count in a.n:
         found = measure(
             config, candidates=count, micro_batch=a.micro_batch, length=a.length, rank=a.rank, dtype=dtype,
-            mesh=mesh, repeats=a.repeats,
+            dropout=a.dropout, mesh=mesh, remat=a.remat, tokens_at_once=a.tokens_at_once, repeats=a.repeats,
         )  # fmt: skip
-        shown = (count, _ms(found), found["steps_per_second"], f"{found['tokens_per_second']:.0f}",
-                 found["state_mib"], found["compile_seconds"])  # fmt: skip
+        mfu = "" if found["mfu_percent"] is None else found["mfu_percent"]
+        shown = (count, found["together"], found["remat"], _ms(found), found["steps_per_second"],
+                 f"{found['tokens_per_second']:.0f}", found["tflops"], found["percent_of_matmul"], mfu,
+                 found["state_mib"], found["temporary_mib"], found["compile_seconds"])  # fmt: skip
         rows.add(shown, found)
         for line in found["idle"]:
             say(f"warning: bench: N = {count}: {line}")
     print(f"\n{found['device']} x {found['devices']}, {found['parameters'] / 1e6:.1f}M parameters in {dtype}, random; "
           f"a step is {a.micro_batch} forget and {a.micro_batch} retain rows of {a.length} tokens per candidate "
-          "(NPO + GDR + KLR, AdamW).")  # fmt: skip
+          "(NPO + GDR + KLR, AdamW).\nTFLOP/s: of a device, the model's own products, without what the backward pass "
+          f"recomputes; % of matmul: of a large matrix product there ({found['matmul_tflops']:.4g} TFLOP/s); "
+          "MFU: of the\npublished rate, where it is known. together: candidates of a device that go through the model "
+          "at once.")  # fmt: skip
 
 
 def _ms(found: Mapping[str, Any]) -> str:

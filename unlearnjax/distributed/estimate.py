@@ -1,4 +1,4 @@
-"""What a training step costs in closed form: which meshes are worth compiling, and what can be said of GPUs.
+"""What a training step costs in closed form: what `choose` decides by, and what can be said of GPUs.
 
 (Where layers are unrolled the last one works at the answers alone, which is not counted here.)
 
@@ -7,32 +7,34 @@ of one candidate's step on both sides, W tokens of a row, L layers. Products of 
 
     forward             2 T P + 2 T R + 4 T W D L
     backward            2 T P + 4 T R + 8 T W D L          (the base is frozen: no gradient of its own)
-    once more forward   2 T (P - d) + 2 T (R - e) + 4 T W D L   (where layers are recomputed in the backward pass: all
-                        but the product that ends a layer, of d entries of the base and e of the adapters)
+    once more forward   2 T (P - d) + 2 T (R - e) + 4 T W D L   (where whole layers are recomputed in the backward
+                        pass: all but the product that ends one, of d entries of the base and e of the adapters)
+                        4 T W D L   (where their linears' outputs are kept: the scores and the mixture)
     head                4 M V D                            (value and gradient together)
 """
 
-import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from unlearnjax.distributed.mesh import CANDIDATE, DATA, FSDP, TENSOR
 from unlearnjax.distributed.programs import Workload
 from unlearnjax.distributed.rules import cut_by
 from unlearnjax.distributed.topology import Chip
-from unlearnjax.models.config import ModelConfig
-from unlearnjax.models.decoder import UNROLLED as SCANNED
+from unlearnjax.models.config import ModelConfig, Remat
+from unlearnjax.models.decoder import UNROLLED, default_remat
 from unlearnjax.objectives.objective import objective
 
 
 class Estimate(NamedTuple):
-    """Of one device and step: products, bytes sent, bytes that stay on it, seconds of the slower of the first two."""
+    """Of one device and step: products, bytes sent, bytes that stay on it; seconds of the slower of the first two, and
+    of both, one after the other."""
 
     flops: float
     sent: float
     held: float
     seconds: float
+    apart: float
 
 
 def _linears(config: ModelConfig) -> tuple[int, int]:
@@ -41,93 +43,101 @@ def _linears(config: ModelConfig) -> tuple[int, int]:
     return config.layers * sum(o * i for o, i in sizes), config.layers * sum(o + i for o, i in sizes)
 
 
+def tokens_of(w: Workload) -> int:
+    """Of one candidate in a step."""
+    return len(objective(w.terms).sides) * w.micro_batch * w.length
+
+
 def step_flops(config: ModelConfig, w: Workload, recomputed: bool = True) -> float:
     """Products of one training step of all candidates.
 
     Args:
-      recomputed: count the second pass forward too, where there is one. Without: what the model needs, as MFU has it.
+      recomputed: count what the backward pass does once more. Without: what the model needs, as MFU has it.
     """
     base, adapter = _linears(config)
     adapter *= w.rank
-    tokens = len(objective(w.terms).sides) * w.micro_batch * w.length
+    tokens = tokens_of(w)
     attention = tokens * w.length * config.heads * config.head_dim * config.layers
     forward = 2 * tokens * (base + adapter) + 4 * attention
     backward = 2 * tokens * (base + 2 * adapter) + 8 * attention
     _, out, inner = config.linears["down"]
     last = 2 * tokens * config.layers * out * (inner + w.rank)
-    again = forward - last if recomputed and config.layers > SCANNED else 0
+    again = {"none": 0, "linears": 4 * attention, "full": forward - last}[remat_of(config, w)] if recomputed else 0
     head = 4 * tokens / 2 * config.vocab_size * config.hidden_size
     return float(w.candidates * (forward + backward + again + head))
 
 
+def remat_of(config: ModelConfig, w: Workload) -> Remat:
+    """What the workload's step recomputes; by default what `build` does."""
+    return w.remat or default_remat(config.layers <= UNROLLED)
+
+
+def candidates_apart(w: Workload, sizes: Mapping[str, int]) -> int:
+    """How many candidates a device of the mesh has."""
+    apart = sizes.get(CANDIDATE, 1)
+    return w.candidates // (apart if w.candidates % apart == 0 else 1)
+
+
+def candidates_together(w: Workload, own: int) -> int:
+    """How many of a device's `own` candidates go through the model at once, as `training.step.together` has it."""
+    if w.tokens_at_once is None:
+        return own
+    groups = -(-own // max(1, w.tokens_at_once // tokens_of(w)))
+    return -(-own // groups)
+
+
+def _kept(config: ModelConfig, w: Workload, tensor: int) -> float:
+    """Numbers that a token leaves for the backward pass in one layer, on a device."""
+    hidden, wide = config.hidden_size, 2 * config.intermediate_size
+    asked = (config.heads + 2 * config.kv_heads) * config.head_dim
+    if remat_of(config, w) == "full":
+        return hidden
+    if remat_of(config, w) == "linears":
+        return 2 * hidden + (asked + wide) / tensor + len(config.linears) * w.rank
+    return _busy(config, w, tensor)
+
+
+def _busy(config: ModelConfig, w: Workload, tensor: int) -> float:
+    """Numbers of a token that are alive at once in one layer's backward pass: as measured, and its scores."""
+    cut = 7 * config.hidden_size + 8 * config.intermediate_size + 3 * config.heads * w.length
+    return 5 * config.hidden_size + cut / tensor
+
+
 def estimate(config: ModelConfig, w: Workload, sizes: Mapping[str, int], chip: Chip) -> Estimate:
-    """What a mesh of these sizes makes of it."""
-    apart, data, fsdp, tensor = (sizes.get(axis, 1) for axis in (CANDIDATE, DATA, FSDP, TENSOR))
+    """What a mesh of these sizes makes of it, the way that the workload says."""
+    data, fsdp, tensor = (sizes.get(axis, 1) for axis in (DATA, FSDP, TENSOR))
     base, adapter = _linears(config)
     width = 2 if w.dtype != "float32" else 4
-    own = apart if w.candidates % apart == 0 else 1
-    together = len(objective(w.terms).sides) * w.micro_batch
-    rows = math.prod([sizes[axis] for axis in cut_by("rows", together, sizes)])
-    flops = step_flops(config, w) / (own * rows * tensor)
+    own = candidates_apart(w, sizes)
+    group = candidates_together(w, own)
+    rows = math.prod([sizes[axis] for axis in cut_by("rows", tokens_of(w) // w.length, sizes)])
+    flops = step_flops(config, w) * own / w.candidates / (rows * tensor)
     embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
-    weights = (base + embeddings) * width / (fsdp * tensor)
-    # Float32, cut along their long axis too.
-    states = 4 * w.copies * w.candidates * adapter * w.rank / (own * fsdp * tensor)
-    passes = 3 if config.layers > SCANNED else 2
-    local = w.candidates / own * together * w.length / rows  # tokens on a device
-    stream = local * config.hidden_size * width
-    sent = passes * (base * width / tensor + embeddings * width / tensor) * (fsdp - 1) / fsdp
-    sent += 4 * passes * config.layers * stream * (tensor - 1) / tensor
-    gradients = 4 * w.candidates * adapter * w.rank / own
-    sent += 2 * gradients / (fsdp * tensor) * (data * fsdp - 1) / (data * fsdp)
-    kept = stream * config.layers if config.layers > SCANNED else 12 * stream * config.layers
-    busy = local * (4 * config.intermediate_size + 8 * config.hidden_size) * width / tensor
-    held = w.models * weights + states + kept + busy + w.set_tokens * config.hidden_size * 4 / (fsdp * tensor)
-    return Estimate(flops, sent, held, max(flops / chip.flops, sent / chip.link))
+    # Float32, cut along their long axis too. A group's gradients are whole before they are added.
+    one = 4 * adapter * w.rank / (fsdp * tensor)
+    states = w.copies * own * one + group * one
+    tokens = group * tokens_of(w) / rows  # on a device at once
+    passes = (3 if remat_of(config, w) == "full" else 2) * -(-own // group)
+    sent = passes * (base + embeddings) * width / tensor * (fsdp - 1) / fsdp
+    sent += 4 * passes * config.layers * tokens * config.hidden_size * width * (tensor - 1) / tensor
+    # A layer's adapters are gathered from where they are cut, and their gradients summed to there.
+    sent += 2 * own * one * (fsdp * tensor - 1 + (data - 1) / data)
+    held = w.models * (base + embeddings) * width / (fsdp * tensor) + states
+    held += tokens * width * (config.layers * _kept(config, w, tensor) + _busy(config, w, tensor))
+    held += w.set_tokens * config.hidden_size * 4 / (fsdp * tensor)
+    if fsdp > 1:  # two layers' weights, or an embedding, gathered
+        held += max(2 * base / config.layers, config.vocab_size * config.hidden_size) * width / tensor
+    products, links = flops / chip.flops, sent / chip.link
+    return Estimate(flops, sent, held, max(products, links), products + links)
 
 
-def most_candidates(config: ModelConfig, w: Workload, sizes: Mapping[str, int], memory: float) -> int:
-    """How many of the workload's candidates a device of so many bytes holds, by `estimate`: at least 1, and where that
-    can be, as many as lie apart on the mesh or a multiple."""
-    apart = sizes.get(CANDIDATE, 1)
-    chip = Chip(1.0, memory, 1.0, 1.0)
-    wanted = [n for n in range(1, w.candidates + 1) if n % apart == 0 or n < apart]
-    held = {n: estimate(config, w._replace(candidates=n), sizes, chip).held for n in wanted}
-    return max((n for n in wanted if held[n] <= 0.9 * memory), default=1)
-
-
-def meshes(config: ModelConfig, work: Workload | Sequence[Workload], devices: int, chip: Chip) -> list[dict[str, int]]:
-    """Meshes of so many devices, the one that should be fastest first; those that cannot fit come last, the one that
-    is nearest to it first.
-
-    Args:
-      work: of several, which are done one after another, the sum of their times counts, and the largest must fit.
-    """
-    works = [work] if isinstance(work, Workload) else work
-    divisors = [d for d in range(1, devices + 1) if devices % d == 0]
-    found = []
-    for tensor, fsdp in itertools.product(divisors, divisors):
-        if devices % (tensor * fsdp) or config.kv_heads % tensor or config.intermediate_size % tensor:
-            continue
-        rest = devices // (tensor * fsdp)
-        for apart in [d for d in divisors if rest % d == 0 and any(w.candidates % d == 0 for w in works)]:
-            found.append({CANDIDATE: apart, DATA: rest // apart, FSDP: fsdp, TENSOR: tensor})
-
-    def order(sizes: Mapping[str, int]) -> tuple[bool, float, int, float]:
-        own = [estimate(config, w, sizes, chip) for w in works]
-        held = max(one.held for one in own)
-        large = held > 0.9 * chip.memory
-        return large, held if large else sum(one.seconds for one in own), sizes[TENSOR], held
-
-    return sorted(found, key=order)
-
-
-def fastest(config: ModelConfig, works: Sequence[Workload], devices: int, chip: Chip) -> dict[str, int]:
-    """The first of `meshes`; where none fits, of half as many candidates at once, and so on."""
-    while True:
-        best = meshes(config, works, devices, chip)[0]
-        if max(estimate(config, w, best, chip).held for w in works) <= 0.9 * chip.memory:
-            return best
-        if max(w.candidates for w in works) == 1:
-            return best
-        works = [w._replace(candidates=math.ceil(w.candidates / 2)) for w in works]
+def merge_held(config: ModelConfig, w: Workload, sizes: Mapping[str, int]) -> float:
+    """Bytes of a device while all candidates' LoRAs are merged in delta space: base weights, the adapters where
+    training left them and as a merge reads them (whole), the merged delta, and what it is made of."""
+    base, adapter = _linears(config)
+    width = 2 if w.dtype != "float32" else 4
+    cut = sizes.get(FSDP, 1) * sizes.get(TENSOR, 1)
+    embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
+    held = w.models * (base + embeddings) * width / cut
+    held += 4 * adapter * w.rank * (candidates_apart(w, sizes) / cut + w.candidates)
+    return held + 2 * 4 * base / math.prod(sizes.values())

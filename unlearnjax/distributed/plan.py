@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from unlearnjax.distributed.choose import best_way, fits, meshes, ways
 from unlearnjax.distributed.costs import Costs, costs
-from unlearnjax.distributed.estimate import estimate, meshes
+from unlearnjax.distributed.estimate import candidates_apart, candidates_together, estimate, remat_of
 from unlearnjax.distributed.mesh import check_sizes, describe_sizes, make_mesh
 from unlearnjax.distributed.programs import (
     Program,
@@ -122,10 +123,20 @@ def compile_program(program: Program, chip: Chip) -> Compiled:
     )  # fmt: skip
 
 
+class Way(NamedTuple):
+    """How a step goes through the model: what the backward pass recomputes, and how many of a device's candidates are
+    together in it."""
+
+    remat: str
+    together: int
+    candidates: int  # of the device
+
+
 class Tried(NamedTuple):
-    """A mesh, what its training step takes, and what the other programs that were compiled for it take."""
+    """A mesh, how the training step goes, what it takes, and what the other programs that were compiled for it take."""
 
     sizes: dict[str, int]
+    way: Way
     training: Compiled
     others: tuple[Compiled, ...] = ()
 
@@ -165,13 +176,12 @@ def make_plan(
       UserError: no compiler for TPUs, it failed at every mesh, or the mesh is not of the topology's devices.
     """
     devices = tpu_devices(topology)
-    wanted = [dict(sizes)] if sizes is not None else meshes(config, workload, topology.devices, topology.chip)[:tries]
+    chip = topology.chip
+    wanted = [dict(sizes)] if sizes is not None else meshes(config, workload, topology.devices, chip)[:tries]
     tried = []
     for own in wanted:
-        mesh = make_mesh(own, devices)
-        say(f"compiling the training step for {topology.name}, mesh {describe_sizes(own)}")
         try:
-            tried.append(Tried(own, compile_program(training_step(config, mesh, workload), topology.chip)))
+            tried.append(_training(config, own, devices, workload, topology, say))
         except jax.errors.JaxRuntimeError as error:  # a fault of the compiler's, which other meshes may not meet
             failed = f"mesh {describe_sizes(own)}: the compiler failed ({' '.join(str(error).split())[:200]})"
             say(failed)
@@ -179,15 +189,44 @@ def make_plan(
         raise UserError(f"--topology {topology.name}: {failed}; try another --mesh")
     best = None
     # The fastest first: of those behind the first that fits nothing more needs to be known.
-    order = sorted((t for t in tried if t.training.fits), key=lambda t: t.training.bound(topology.chip)[1])
+    order = sorted((t for t in tried if t.training.fits), key=lambda t: t.training.bound(chip)[1])
     for own_try in order:
         if whole:
             say(f"compiling the generation step and a merge, mesh {describe_sizes(own_try.sizes)}")
-            tried[tried.index(own_try)] = own_try = _with_others(own_try, config, devices, workload, topology.chip)
+            tried[tried.index(own_try)] = own_try = _with_others(own_try, config, devices, workload, chip)
         if own_try.fits:
             best = own_try
             break
     return Plan(topology, workload, tried, best)
+
+
+def _training(
+    config: ModelConfig, sizes: dict[str, int], devices: list[Any], w: Workload, topology: Topology,
+    say: Callable[[str], None],
+) -> Tried:  # fmt: skip
+    """The training step on one mesh, the first way that the compiler says fits: what the closed form calls fastest, and
+    then what takes least."""
+    mesh, chip = make_mesh(sizes, devices), topology.chip
+    order = ways(config, w, sizes, chip)
+    least = min(order, key=lambda way: estimate(config, way, sizes, chip).held)
+    for way in dict.fromkeys((order[0], least)):
+        own = _way(config, way, sizes)
+        say(f"compiling the training step for {topology.name}, mesh {describe_sizes(sizes)}, {described(own)}")
+        tried = Tried(sizes, own, compile_program(training_step(config, mesh, way), chip))
+        if tried.fits:
+            break
+    return tried
+
+
+def _way(config: ModelConfig, w: Workload, sizes: Mapping[str, int]) -> Way:
+    own = candidates_apart(w, sizes)
+    return Way(remat_of(config, w), candidates_together(w, own), own)
+
+
+def described(way: Way) -> str:
+    """`remat linears, 4 of 8 candidates at a time`."""
+    some = "" if way.together == way.candidates else f", {way.together} of {way.candidates} candidates at a time"
+    return f"remat {way.remat}{some}"
 
 
 def _with_others(tried: Tried, config: ModelConfig, devices: list[Any], w: Workload, chip: Chip) -> Tried:
@@ -240,6 +279,7 @@ def plan_as_plain(found: Plan) -> dict[str, Any]:
         "tried": [
             {
                 "mesh": describe_sizes(t.sizes),
+                "way": t.way._asdict(),
                 **as_plain(t.training, chip),
                 "others": [as_plain(own, chip) for own in t.others],
             }
@@ -257,10 +297,11 @@ def by_analysis(
     if sizes is None:
         sizes = meshes(config, w, topology.devices, chip)[0]
     check_sizes(sizes, topology.devices)
-    own = estimate(config, w, sizes, chip)
+    way, own = best_way(config, w, sizes, chip)
     return {
         "topology": topology.name, "devices": topology.devices, "workload": w._asdict(), "best": describe_sizes(sizes),
-        "fits": own.held <= 0.9 * chip.memory, "gib": {"total": _gib(own.held), "available": _gib(chip.memory)},
+        "way": _way(config, way, sizes)._asdict(), "fits": fits(own, chip.memory),
+        "gib": {"total": _gib(own.held), "available": _gib(chip.memory)},
         "flops": float(f"{own.flops:.4g}"), "sent": float(f"{own.sent:.4g}"),
         "seconds": {"products": float(f"{own.flops / chip.flops:.3g}"), "links": float(f"{own.sent / chip.link:.3g}")},
         "by": "closed form",
@@ -274,11 +315,11 @@ def render(plain: Mapping[str, Any]) -> str:
         lines += _rendered_estimate(plain)
         return "\n".join(lines)
     for own in plain["tried"]:
-        lines += [f"\nmesh {own['mesh']}", *_rendered(own)]
+        lines += [f"\nmesh {own['mesh']}: {described(Way(**own['way']))}", *_rendered(own)]
         for other in own["others"]:
             lines += _rendered(other)
     if plain["best"] is None:
-        lines.append("\nnone of these fits: more devices, fewer candidates, or --tokens-at-once")
+        lines.append("\nnone of these fits: more devices, fewer candidates, or a smaller --micro-batch or --length")
     else:
         lines.append(f"\nbest: --mesh {plain['best']}")
     return "\n".join(lines)
@@ -291,7 +332,7 @@ def _rendered_estimate(plain: Mapping[str, Any]) -> list[str]:
         f"  {word}: about {plain['gib']['total']} of {plain['gib']['available']} GiB",
         f"  step: {plain['flops']:.3g} FLOPs, {plain['sent']:.3g} bytes sent; about "
         f"{1000 * max(plain['seconds'].values()):.3g} ms at the chip's limits",
-        f"best: --mesh {plain['best']}",
+        f"best: --mesh {plain['best']}; {described(Way(**plain['way']))}",
     ]
 
 

@@ -23,7 +23,7 @@ from unlearnjax.evaluation.generate import places, programs
 from unlearnjax.merging.api import find_rule
 from unlearnjax.merging.lora_space import merge_lora
 from unlearnjax.models.abstract import shapes
-from unlearnjax.models.config import ModelConfig
+from unlearnjax.models.config import ModelConfig, Remat
 from unlearnjax.models.decoder import build
 from unlearnjax.models.protocol import Model
 from unlearnjax.objectives.objective import objective
@@ -40,6 +40,7 @@ class Workload(NamedTuple):
     micro_batch: rows of each side in a step, per candidate. length: tokens of a row; half of them are its answer's.
     set_tokens: of each of the two sets that stay on the devices. batch: rows that are generated at once, per candidate.
     slots: tokens of their prompts and answers. tokens_at_once: see `unlearnjax.training.step.together`; None: no bound.
+    remat: what the backward pass recomputes; None: what `unlearnjax.models.decoder.build` does by default.
     copies: float32 numbers kept for each weight of an adapter: itself, its gradient, two moments, the best if that is
     kept. models: of the base's size that stay on the devices: itself, and a gold model.
     """
@@ -54,6 +55,7 @@ class Workload(NamedTuple):
     batch: int = 8
     slots: int = 512
     tokens_at_once: int | None = None
+    remat: Remat | None = None
     copies: int = 4
     models: int = 1
 
@@ -95,8 +97,8 @@ def _hyperparameters(w: Workload) -> Any:
     return jax.eval_shape(lambda: stack([own] * w.candidates))
 
 
-def _model(config: ModelConfig) -> Model:
-    return build(config, scores_at_once=ALL_AT_ONCE)
+def _model(config: ModelConfig, remat: Remat | None = None) -> Model:
+    return build(config, remat=remat, scores_at_once=ALL_AT_ONCE)
 
 
 def _base(model: Model, mesh: Mesh, dtype: str) -> PyTree[jax.ShapeDtypeStruct]:
@@ -124,7 +126,7 @@ def _store(mesh: Mesh, w: Workload, needs: frozenset[str], hidden: int) -> Store
 
 def training_step(config: ModelConfig, mesh: Mesh, w: Workload) -> Program:
     """One step of all candidates' LoRAs on all linears, which ends an update."""
-    model, wanted = _model(config), objective(w.terms)
+    model, wanted = _model(config, w.remat), objective(w.terms)
     adapter = lora(config, tuple(config.linears), w.rank)
     at_once = ALL_AT_ONCE if w.tokens_at_once is None else w.tokens_at_once
     task = Task(model, adapter, wanted, True, at_once, mesh=mesh)

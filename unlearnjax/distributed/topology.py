@@ -40,16 +40,20 @@ _DEEP = {
 _CORES = ("v5p",)  # whose slices are named by the number of cores, two to a chip
 
 
+def known_chip(kind: str) -> Chip | None:
+    """The chip that a device says it is (`jax.Device.device_kind`); None: it is not in `CHIPS`."""
+    said = kind.lower().replace("lite", "e").replace(" ", "")
+    found = next((name for name in CHIPS if name in said), "v5p" if "tpuv5" in said else None)
+    return None if found is None else CHIPS[found]
+
+
 def chip_of(kind: str, devices: int, memory: int) -> Chip:
-    """The chip that a device says it is (`jax.Device.device_kind`), with as much memory as it has; an A100 where that
-    is not known.
+    """`known_chip` with as much memory as it has; an A100 where it is not known.
 
     Args:
       devices: of the job. More GPUs than NVLink joins send as fast as the network between machines lets them.
     """
-    said = kind.lower().replace("lite", "e").replace(" ", "")
-    found = next((name for name in CHIPS if name in said), "v5p" if "tpuv5" in said else "a100")
-    chip = CHIPS[found]._replace(memory=float(memory))
+    chip = (known_chip(kind) or CHIPS["a100"])._replace(memory=float(memory))
     return chip if chip.tpu or devices <= NODE else chip._replace(link=NETWORK)
 
 

@@ -38,6 +38,15 @@ def attend(
     return jax.lax.map(row, (query, key, value, None if mask.shape[0] == 1 else mask), batch_size=block)
 
 
+def flash_suits(head_dim: int, dtype: jnp.dtype) -> bool:
+    """Whether JAX's default device has cuDNN's fused attention for such heads: NVIDIA GPUs from Ampere on."""
+    device = jax.devices()[0]
+    if device.platform != "gpu" or "cuda" not in device.client.platform_version:
+        return False
+    major = int(str(device.compute_capability).split(".")[0])
+    return major >= 8 and dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
+
+
 def attend_causally(
     query: Float[Array, "batch kv_heads group length head_dim"],
     key: Float[Array, "batch kv_heads head_dim length"],

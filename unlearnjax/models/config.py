@@ -2,7 +2,9 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+Remat = Literal["none", "linears", "full"]  # what a backward pass recomputes (see `unlearnjax.models.decoder.build`)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -11,14 +11,11 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from unlearnjax.models.abstract import abstract_params
 from unlearnjax.models.cache import Cache, Slots, init_cache
-from unlearnjax.models.config import ModelConfig
+from unlearnjax.models.config import ModelConfig, Remat
 from unlearnjax.models.layers import KEPT, MLP, Attention, Norm, pick
 from unlearnjax.models.masks import causal_mask, window_mask
 from unlearnjax.models.protocol import WHERE_IT_IS, Dropout, Model, Output, Spread, Taps
 from unlearnjax.models.rope import rotations
-
-
-Remat = Literal["none", "linears", "full"]  # see `build`
 
 
 class DecoderLayer(nn.Module):
@@ -248,6 +245,11 @@ UNROLLED = 8  # layers up to which they are unrolled by default
 CPU_SCORES_AT_ONCE = 2**19
 
 
+def default_remat(unrolled: bool) -> Remat:
+    """See `build`."""
+    return "none" if unrolled else "full"
+
+
 def build(
     config: ModelConfig, *, unroll: bool | None = None, remat: Remat | None = None, scores_at_once: int | None = None,
     flash: bool = False,
@@ -266,8 +268,7 @@ def build(
         or sliding window. It forms no scores in memory.
     """
     unroll = config.layers <= UNROLLED if unroll is None else unroll
-    if remat is None:
-        remat = "none" if unroll else "full"
+    remat = remat or default_remat(unroll)
     if scores_at_once is None and jax.default_backend() == "cpu":
         scores_at_once = CPU_SCORES_AT_ONCE
     run = functools.partial(forward, config, unroll, remat, scores_at_once, flash)

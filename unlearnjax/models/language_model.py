@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, Int, PyTree
 from unlearnjax.errors import UserError
 from unlearnjax.io.card import model_card
 from unlearnjax.io.huggingface import check_dtype, load_config, load_params, load_tokenizer, resolve, save_folder
-from unlearnjax.models.config import ModelConfig
-from unlearnjax.models.decoder import Remat, build
+from unlearnjax.models.config import ModelConfig, Remat
+from unlearnjax.models.decoder import build
 from unlearnjax.models.precision import precision
 from unlearnjax.models.protocol import Model
 

@@ -14,7 +14,6 @@ from unlearnjax.models.precision import precision
 from unlearnjax.models.protocol import Dropout
 from unlearnjax.models.rope import rotate
 
-
 KEPT = OUTPUT, LOW_RANK = "linear's output", "low-rank input"  # names of what `remat="linears"` keeps
 
 

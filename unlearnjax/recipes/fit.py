@@ -1,4 +1,5 @@
-"""Which mesh suits a recipe's candidates, and how many of them train together where not all of them fit."""
+"""Which mesh suits a recipe's candidates, which way they go through the model, and how many of them train together
+where not all of them fit."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,12 +7,12 @@ from collections.abc import Mapping, Sequence
 import jax
 from jax.sharding import Mesh
 
-from unlearnjax.distributed.estimate import fastest, most_candidates
+from unlearnjax.distributed.choose import best_way, fastest, most_candidates, this_chip
 from unlearnjax.distributed.mesh import choose_mesh, device_memory
 from unlearnjax.distributed.programs import Workload
 from unlearnjax.distributed.topology import chip_of
 from unlearnjax.models.abstract import weight_bytes
-from unlearnjax.models.config import ModelConfig
+from unlearnjax.models.config import ModelConfig, Remat
 from unlearnjax.recipes.prepare import Prepared
 from unlearnjax.recipes.schema import Recipe
 
@@ -39,6 +40,24 @@ def candidates_at_once(
     return min(found, default=None)
 
 
+def way_of(
+    recipe: Recipe, prepared: Prepared, config: ModelConfig, dtype: str, mesh: Mesh | None, models: int
+) -> tuple[Remat | None, int | None]:
+    """What a group's backward pass recomputes, and the tokens that go through the model at once: what the recipe says,
+    else, where devices tell their memory, the fastest that fits by the closed form (see `ways`), else None each.
+
+    Args:
+      models: see `candidates_at_once`.
+    """
+    training = recipe.training
+    chip = this_chip(1 if mesh is None else mesh.size)
+    if chip is None or prepared.group.kind.adapter != "lora" or prepared.group.kind.layers is not None:
+        return training.remat, training.tokens_at_once
+    (work,) = workloads(recipe, [prepared], dtype, models)
+    way, _ = best_way(config, work, {} if mesh is None else dict(mesh.shape), chip)
+    return way.remat, way.tokens_at_once
+
+
 def workloads(recipe: Recipe, groups: Sequence[Prepared], dtype: str, models: int) -> list[Workload]:
     """Of each group of LoRAs, which train together."""
     found = []
@@ -50,6 +69,7 @@ def workloads(recipe: Recipe, groups: Sequence[Prepared], dtype: str, models: in
             len(own), max(c.micro_batch for c in own), max(step.width for step in prepared.schedule.steps),
             max(c.rank for c in own), tuple(t.name for t in prepared.objective.terms), dtype,
             max(int(side.length.sum()) for side in prepared.sides.values()),
+            tokens_at_once=recipe.training.tokens_at_once, remat=recipe.training.remat,
             copies=4 + (recipe.training.keep_best is not None), models=models,
         ))  # fmt: skip
     return found

@@ -4,9 +4,10 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from unlearnjax.errors import UserError, check_known
+from unlearnjax.models.config import Remat
 from unlearnjax.recipes.schema import (
     EACH,
     SCHEDULES,
@@ -113,6 +114,7 @@ _RANGES: dict[type, dict[str, _Range]] = {
         "waypoints": _Range(lambda v: v == 0 or _COUNT.holds(v), "a whole number of at least 0"),
         "keep_best": _COUNT_OR_NULL,
         "best_rows": _COUNT,
+        "remat": _Range(lambda v: v is None or v in get_args(Remat), "none, linears, full, or null"),
         "tokens_at_once": _COUNT_OR_NULL,
         "candidates_at_once": _COUNT_OR_NULL,
     },

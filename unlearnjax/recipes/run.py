@@ -31,7 +31,7 @@ from unlearnjax.recipes.describe import (
 )
 from unlearnjax.recipes.evaluate_step import evaluate_all
 from unlearnjax.recipes.export_step import changed, choose_export, save_candidates, save_merges
-from unlearnjax.recipes.fit import candidates_at_once, mesh_for
+from unlearnjax.recipes.fit import candidates_at_once, mesh_for, way_of
 from unlearnjax.recipes.layers_step import traced_layers
 from unlearnjax.recipes.merge_step import Exported, Merged, at_scale, delta_of, describe, export, merge_candidates
 from unlearnjax.recipes.prepare import (
@@ -254,9 +254,11 @@ def run(
         with staged_file(out / "recipe.yml") as path:
             path.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
         waypoints = out / CHECKPOINTS / WAYPOINTS if recipe.training.waypoints else None
+        held = lm.params["embed"]["weight"].dtype.name
         trained = train_candidates(
-            lm, groups, recipe, progress=progress, keepers=keepers, stop=stop, waypoints=waypoints
-        )
+            lm, groups, recipe, progress=progress, keepers=keepers, stop=stop, waypoints=waypoints,
+            ways=[way_of(recipe, group, lm.config, held, shared, models) for group in groups],
+        )  # fmt: skip
         described_candidates = describe_candidates(recipe.candidates, trained.result, layers, trained.kept)
         if waypoints is not None:
             steps = waypoint_steps(len(groups[0].schedule.steps), recipe.training.waypoints)

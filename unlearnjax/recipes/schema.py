@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from unlearnjax.models.config import Remat
+
 if TYPE_CHECKING:
     from unlearnjax.merging.protocol import MergeMethod, Rule
 
@@ -82,8 +84,10 @@ class Training:
     `waypoints`: how often on the way the adapters are kept and scored (on `Evaluation.waypoint_rows`); 0: not at all.
     `keep_best`: every so many updates of a candidate its own loss is measured on `best_rows` rows of each set, and it
     is kept as it was when that was lowest (null: as it is at the end).
-    `tokens_at_once`: candidates go through the model in groups of at most so many tokens (null: all together on an
-    accelerator, in small groups on a CPU): less means less memory.
+    `remat`: what the backward pass of a LoRA on all layers recomputes: `none`, `linears` (what lies between them) or
+    `full` (whole layers). `tokens_at_once`: candidates go through the model in groups of at most so many tokens, so
+    that less of their activations is kept. (null for either: the fastest that fits the devices' memory by a closed
+    form; on a CPU `none` up to 8 layers and `full` beyond, and small groups.)
     `candidates_at_once`: so many candidates train together at most, and then the next ones (null: as many as a closed
     form says will fit the memory of the devices, or all where that is not known, as on a CPU).
     """
@@ -98,6 +102,7 @@ class Training:
     waypoints: int = 0
     keep_best: int | None = None
     best_rows: int = 500
+    remat: Remat | None = None
     tokens_at_once: int | None = None
     candidates_at_once: int | None = None
 

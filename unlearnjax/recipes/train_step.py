@@ -10,8 +10,12 @@ from jaxtyping import Array, PyTree
 
 from unlearnjax.adapters.lora import widened
 from unlearnjax.adapters.restricted import change_on_host
+from unlearnjax.distributed.mesh import mesh_of
 from unlearnjax.distributed.processes import fetch
 from unlearnjax.errors import UserError
+from unlearnjax.models.attention import flash_suits
+from unlearnjax.models.config import Remat
+from unlearnjax.models.decoder import build
 from unlearnjax.models.language_model import LanguageModel
 from unlearnjax.recipes.groups import adapters_of
 from unlearnjax.recipes.prepare import Prepared
@@ -24,6 +28,8 @@ from unlearnjax.training.loop import Result, abstract_states, train
 from unlearnjax.training.reference import stores_for
 from unlearnjax.training.step import Task
 from unlearnjax.training.waypoints import recorder, waypoint_steps
+
+Way = tuple[Remat | None, int | None]  # what is recomputed, tokens at once
 
 
 class Trained(NamedTuple):
@@ -52,11 +58,13 @@ def train_candidates(
     keepers: Sequence[Keeper] = (),
     stop: Stop | None = None,
     waypoints: Path | None = None,
+    ways: Sequence[Way] = (),
 ) -> Trained:
     """Train every candidate of the recipe.
 
     Args:
       groups: of `prepare`.
+      ways: how each group goes through the model (see `way_of`); default: as the recipe says.
       keepers: one for each group. They get checkpoints; training goes on from the newest ones.
       stop: asks training to save itself and to raise `Interrupted`.
       waypoints: gets the adapters at the recipe's waypoints (see `check_waypoints`).
@@ -68,7 +76,8 @@ def train_candidates(
     for number, group in enumerate(groups):
         keeper = keepers[number] if keepers else None
         label = "training" if len(groups) == 1 else f"training {number + 1}/{len(groups)}"
-        result = _train(model, group, recipe, keeper, stop, waypoints, progress, label)
+        way = ways[number] if ways else (recipe.training.remat, recipe.training.tokens_at_once)
+        result = _train(model, group, recipe, way, keeper, stop, waypoints, progress, label)
         best = result.states.best
         trained = result.states.trainable if best == () else best.trainable
         if best != ():
@@ -99,6 +108,7 @@ def _train(
     model: LanguageModel,
     prepared: Prepared,
     recipe: Recipe,
+    way: Way,
     keeper: Keeper | None,
     stop: Stop | None,
     waypoints: Path | None,
@@ -109,10 +119,16 @@ def _train(
     candidates = [recipe.candidates[i] for i in prepared.group.places]
     variants = adapters_of(prepared.group, model.config, recipe.adapter.targets, max(c.rank for c in candidates))
     use_dropout = kind.adapter == "lora" and any(c.dropout > 0 for c in candidates)
-    # Adapters of some layers give them taken apart.
-    decoder = model.model if kind.layers is None else model.model.unrolled()
+    remat, tokens_at_once = way
+    if kind.layers is None:
+        alone = mesh_of(model.params) is None
+        dtype = model.params["embed"]["weight"].dtype
+        flash = alone and flash_suits(model.config.head_dim, dtype)
+        decoder = build(model.config, remat=remat, flash=flash) if remat or flash else model.model
+    else:  # adapters of some layers give them taken apart
+        decoder = model.model.unrolled()
     task = Task(
-        decoder, variants[0][0], prepared.objective, use_dropout, recipe.training.tokens_at_once,
+        decoder, variants[0][0], prepared.objective, use_dropout, tokens_at_once,
         tuple(variants) if len(variants) > 1 else (), recipe.training.keep_best is not None,
     )  # fmt: skip
     assessor = None
