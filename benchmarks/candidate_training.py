@@ -96,8 +96,10 @@ def setup(subject: Subject, settings: Settings, count: int) -> tuple[dict[str, A
     import numpy as np
 
     from unlearnjax.adapters.lora import lora
+    from unlearnjax.bench.training import as_a_run_does
     from unlearnjax.data.schedule import Pace, plan, programs
     from unlearnjax.data.tokens import Reference, to_device
+    from unlearnjax.distributed.programs import Workload
     from unlearnjax.models.language_model import load_model
     from unlearnjax.objectives.objective import objective
     from unlearnjax.training.loop import work_of
@@ -117,7 +119,9 @@ def setup(subject: Subject, settings: Settings, count: int) -> tuple[dict[str, A
         stores[side] = to_device(tokens, Reference(**{name: jnp.asarray(held[name]) for name in held.files}))
     states = jax.jit(jax.vmap(lambda c: init_state(adapter, lm.params, c)))(h)
     state_mib = sum(x.nbytes for x in jax.tree.leaves(states)) / 2**20
-    jitted = compiled_step(Task(lm.model, adapter, wanted, settings.dropout > 0))
+    work = Workload(count, settings.micro_batch, LIMIT, subject.size.rank, TERMS, settings.dtype)
+    decoder, work, _ = as_a_run_does(lm.config, work)
+    jitted = compiled_step(Task(decoder, adapter, wanted, settings.dropout > 0, work.tokens_at_once))
     # A program's steps with every slot filled; the epoch's last step may have empty ones.
     full = {p: [s for s in schedule.steps if (s.width, s.answers) == p] for p in programs(schedule)}
     full = {p: [s for s in steps if (s.micro_weight > 0).all()] or steps for p, steps in full.items()}

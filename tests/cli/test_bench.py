@@ -4,7 +4,10 @@ import json
 
 import pytest
 
+from unlearnjax.bench.training import SMALL
 from unlearnjax.cli.main import main
+from unlearnjax.distributed.estimate import step_flops
+from unlearnjax.distributed.programs import Workload
 
 
 def lines(path):
@@ -53,6 +56,11 @@ def test_training(tmp_path, capsys):
     printed = capsys.readouterr()
     assert "warning: bench: N = 1: candidate=2 does not divide 1" in printed.err
     for x in (one, two, *meshed):
+        # The figures' definitions, from the seconds: the model's own products, of one device.
+        flops = step_flops(SMALL, Workload(x["candidates"], 1, 16, 2), recomputed=False) / x["devices"]
+        assert x["tflops"] == pytest.approx(flops / x["seconds"]["median"] / 1e12, rel=2e-3)
+        assert x["percent_of_matmul"] == pytest.approx(100 * x["tflops"] / x["matmul_tflops"], rel=1e-2)
+        assert x["mfu_percent"] is None and not x["flash"]  # a CPU
         tokens = x["candidates"] * 2 * 16
         assert x["tokens_per_second"] == pytest.approx(tokens / x["seconds"]["median"], rel=2e-3)
     assert two["state_mib"] == pytest.approx(2 * one["state_mib"], rel=0.1)
@@ -72,6 +80,8 @@ def test_training(tmp_path, capsys):
         (["merge", "--dtype", "f64"], "unknown dtype 'f64'"),
         (["merge", "--repeats", "0"], "--repeats must be at least 1, not 0"),
         (["train", "--n", "0"], "--n must be at least 1, not 0"),
+        (["train", "--dropout", "1"], "--dropout must be at least 0 and below 1, not 1.0"),
+        (["train", "--tokens-at-once", "0"], "--tokens-at-once must be at least 1, not 0"),
         (["train", "--model", "nowhere"], "nowhere"),
     ],
 )

@@ -39,10 +39,12 @@ def _compiler():
 @pytest.mark.slow
 def test_a_plan_counts_what_the_closed_form_counts_and_fits():
     work = Workload(16, rank=8, set_tokens=4096)
-    found = make_plan(SMALL, EIGHT, work, {"candidate": 2, "fsdp": 4}, whole=False)
-    own = found.best.training
+    sizes = {"candidate": 2, "fsdp": 4}
+    found = make_plan(SMALL, EIGHT, work, sizes, whole=False)
+    own, way = found.best.training, best_way(SMALL, work, sizes, EIGHT.chip)[0]
     assert own.fits and own.costs.unknown == 0
-    assert own.costs.flops == pytest.approx(step_flops(SMALL, work) / 8, rel=0.01)
+    assert own.costs.flops == pytest.approx(step_flops(SMALL, way) / 8, rel=0.01)
+    assert found.best.way == (way.remat, candidates_together(way, 8), 8)
     assert sum(own.held.values()) + own.temporary == own.total
     assert own.held["base weights"] == weight_bytes(SMALL, "bfloat16") / 4
     assert own.held["optimizer"] == pytest.approx(2 * own.held["adapters"], rel=1e-3)
@@ -132,12 +134,15 @@ def test_bad_input(tmp_path, capsys, arguments, words):
 
 @pytest.mark.slow
 def test_sixteen_candidates_of_olmo_7b_fit_eight_chips_and_their_merge_does_too():
-    found = make_plan(OLMO_7B, EIGHT, Workload(16), {"candidate": 2, "fsdp": 4})
+    sizes = {"candidate": 2, "fsdp": 4}
+    found = make_plan(OLMO_7B, EIGHT, Workload(16), sizes)
     own, (generation, merged) = found.best.training, found.best.others
-    assert own.fits and own.total < 12 * 2**30
+    way, said = best_way(OLMO_7B, Workload(16), sizes, EIGHT.chip)
+    assert own.fits and 0.8 < own.total / said.held < 1.05
     assert generation.fits and merged.fits and merged.temporary < 5 * 2**30
     assert {"base weights", "candidates", "results"} <= set(merged.held)
-    assert own.costs.flops == pytest.approx(step_flops(OLMO_7B, Workload(16)) / 8, rel=0.01)
+    assert own.costs.flops == pytest.approx(step_flops(OLMO_7B, way) / 8, rel=0.01)
+    assert merged.total == pytest.approx(merge_held(OLMO_7B, Workload(16), sizes), rel=0.1)
 
 
 def test_as_many_candidates_as_a_device_holds():

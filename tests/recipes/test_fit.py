@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tests.recipes.test_mesh import LORA, numbers
+from unlearnjax.distributed.choose import ways
 from unlearnjax.distributed.estimate import estimate
 from unlearnjax.distributed.programs import Workload
 from unlearnjax.distributed.topology import CHIPS
@@ -11,7 +12,9 @@ from unlearnjax.io.safetensors import open_file
 from unlearnjax.models.abstract import weight_bytes
 from unlearnjax.recipes import fit
 from unlearnjax.recipes import run as module
+from unlearnjax.recipes.fit import way_of, workloads
 from unlearnjax.recipes.parse import recipe_from
+from unlearnjax.recipes.prepare import load_data, prepare
 from unlearnjax.recipes.run import run
 
 CHIP = CHIPS["v5e"]
@@ -55,10 +58,34 @@ def check(out, report, together):
 
 
 @pytest.mark.slow
-def test_in_turns(world, together, tmp_path):
-    report, said = done(world, tmp_path / "out", candidates_at_once=2)
+@pytest.mark.parametrize("training", [{"candidates_at_once": 2}, {"remat": "linears", "tokens_at_once": 1}])
+def test_in_turns(world, together, tmp_path, training):
+    report, said = done(world, tmp_path / "out", **training)
     check(tmp_path / "out", report, together)
     assert said == []
+
+
+def test_the_way_is_the_recipes_or_the_fastest_that_fits(world, monkeypatch):
+    base, _, sources = world
+    data, config = load_data(sources), base.config
+
+    def found(**training):
+        recipe = recipe_from({**RECIPE, "training": {**RECIPE["training"], **training}}, "x")
+        (group,) = prepare(recipe, base, data, sources)
+        return way_of(recipe, group, config, "float32", None, 1)
+
+    assert found() == (None, None)  # a CPU
+    assert found(remat="full", tokens_at_once=7) == ("full", 7)
+    (work,) = workloads(recipe_from(RECIPE, "x"), prepare(recipe_from(RECIPE, "x"), base, data, sources), "float32", 1)
+    held = [estimate(config, way, {}, CHIP).held for way in ways(config, work, {}, CHIP)]
+    for memory in (1 << 40, max(held), sum(held) / len(held), min(held) * 1.2):
+        chip = CHIP._replace(memory=memory)
+        monkeypatch.setattr(fit, "this_chip", lambda devices, chip=chip: chip)
+        remat, tokens = found()
+        own = estimate(config, work._replace(remat=remat, tokens_at_once=tokens), {}, chip)
+        assert own.held <= 0.9 * memory
+        assert found(remat="full")[0] == "full" and found(tokens_at_once=7)[1] == 7
+    assert (remat, tokens) != (None, None)
 
 
 @pytest.mark.slow

@@ -172,6 +172,7 @@ def test_hyperparameters_out_of_range(name, value, words):
         ({**ONE, "adapter": "lora"}, "adapter: must be a mapping"),
         ({**ONE, "training": {"order": "buckets"}}, "unknown order 'buckets'; did you mean 'bucketed'"),
         ({**ONE, "training": {"buckets": 0}}, "training: buckets must be a whole number"),
+        ({**ONE, "training": {"remat": "dots"}}, "training: remat must be none, linears, full, or null"),
         ({**ONE, "training": {"seed": -1}}, "training: seed must be"),
         ({**ONE, "training": {"bucket": 1}}, "training: unknown key 'bucket'; did you mean 'buckets'"),
         ({**ONE, "evaluation": {"semantics": "ours"}}, "unknown semantics 'ours'"),

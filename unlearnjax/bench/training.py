@@ -64,6 +64,19 @@ def _base(config: ModelConfig, dtype: str, micro_batch: int, length: int, mesh: 
     return _Base(model, params, sides, stores if mesh is None else put(stores, of_store(mesh, stores)))
 
 
+def as_a_run_does(
+    config: ModelConfig, work: Workload, mesh: Mesh | None = None, flash: bool | None = None
+) -> tuple[Model, Workload, bool]:
+    """The decoder that a run on these devices trains with, the workload with its way through it, and whether attention
+    is cuDNN's; what is given is left as it is."""
+    chip = this_chip(1 if mesh is None else mesh.size)
+    if chip is not None:
+        work, _ = best_way(config, work, {} if mesh is None else dict(mesh.shape), chip)
+    if flash is None:
+        flash = mesh is None and flash_suits(config.head_dim, jnp.dtype(work.dtype))
+    return build(config, remat=work.remat, flash=flash), work, flash
+
+
 def measure(
     config: ModelConfig,
     *,
@@ -98,17 +111,12 @@ def measure(
         candidates, micro_batch, length, rank, TERMS, dtype, 2 * micro_batch * length, tokens_at_once=tokens_at_once,
         remat=remat,
     )  # fmt: skip
-    sizes, chip = {} if mesh is None else dict(mesh.shape), this_chip(1 if mesh is None else mesh.size)
-    if chip is not None:
-        work, _ = best_way(config, work, sizes, chip)
-    if flash is None:
-        flash = mesh is None and flash_suits(config.head_dim, jnp.dtype(dtype))
+    model, work, flash = as_a_run_does(config, work, mesh, flash)
     base = _base(config, dtype, micro_batch, length, mesh)
     params, wanted = base.params, objective(TERMS)
     schedule = plan(base.sides, [Pace(micro_batch, 1, 1, seed) for seed in range(candidates)])
     adapter = lora(config, tuple(config.linears), rank)
     h = stack([_settings(i, candidates, rank, dropout) for i in range(candidates)])
-    model = build(config, remat=work.remat, flash=flash)
     task = Task(model, adapter, wanted, dropout > 0, work.tokens_at_once, mesh=mesh)
     if mesh is not None:
         h = put(h, of_candidates(mesh, {}, h))
@@ -135,7 +143,7 @@ def measure(
     tokens = candidates * 2 * micro_batch * length
     achieved = step_flops(config, work, recomputed=False) / spread(seconds)["median"] / (mesh.size if mesh else 1)
     rate, peak = matmul_rate(dtype), published_rate(dtype)
-    own = candidates_apart(work, sizes)
+    own = candidates_apart(work, {} if mesh is None else dict(mesh.shape))
     return {
         "bench": "train",
         "candidates": candidates,
