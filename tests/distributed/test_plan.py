@@ -180,16 +180,11 @@ def test_the_way_that_fits_and_computes_least_comes_first():
 
 
 def test_a_mesh_without_room_for_the_merge_comes_after_those_that_have_it():
-    found = meshes(OLMO_7B, Workload(16), 8, EIGHT.chip)
-    first, memory = found[0], 0.9 * EIGHT.chip.memory
-    faster = [
-        sizes for sizes in found
-        if best_way(OLMO_7B, Workload(16), sizes, EIGHT.chip)[1].apart
-        < best_way(OLMO_7B, Workload(16), first, EIGHT.chip)[1].apart
-        and best_way(OLMO_7B, Workload(16), sizes, EIGHT.chip)[1].held <= memory
-    ]  # fmt: skip
-    assert merge_held(OLMO_7B, Workload(16), first) <= memory
-    assert faster and all(merge_held(OLMO_7B, Workload(16), sizes) > memory for sizes in faster)
+    work, memory = Workload(32), 0.9 * EIGHT.chip.memory
+    order = meshes(OLMO_7B, work, 8, EIGHT.chip)
+    trains = [sizes for sizes in order if best_way(OLMO_7B, work, sizes, EIGHT.chip)[1].held <= memory]
+    merges = [merge_held(OLMO_7B, work, sizes) <= memory for sizes in trains]
+    assert merges == sorted(merges, reverse=True) and len(set(merges)) == 2
 
 
 def test_a_run_and_a_plan_choose_the_same_mesh():

@@ -133,11 +133,14 @@ def estimate(config: ModelConfig, w: Workload, sizes: Mapping[str, int], chip: C
 
 def merge_held(config: ModelConfig, w: Workload, sizes: Mapping[str, int]) -> float:
     """Bytes of a device while all candidates' LoRAs are merged in delta space: base weights, the adapters where
-    training left them and as a merge reads them (whole), the merged delta, and what it is made of."""
+    training left them and as a merge reads them, the merged delta, and one linear's deltas of a layer four times."""
     base, adapter = _linears(config)
     width = 2 if w.dtype != "float32" else 4
     cut = sizes.get(FSDP, 1) * sizes.get(TENSOR, 1)
     embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
     held = w.models * (base + embeddings) * width / cut
-    held += 4 * adapter * w.rank * (candidates_apart(w, sizes) / cut + w.candidates)
-    return held + 2 * 4 * base / math.prod(sizes.values())
+    devices = math.prod(sizes.values())
+    held += 4 * adapter * w.rank * (candidates_apart(w, sizes) / cut + w.candidates / devices)
+    largest, wide = max((out * inner, inner) for _, out, inner in config.linears.values())
+    held += 4 * w.candidates * (w.rank * wide + 4 * largest / devices)
+    return held + 4 * base / devices

@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 from unlearnjax.adapters.lora import lora
 from unlearnjax.data.tokens import Reference, Store
 from unlearnjax.distributed.rules import (
+    cut_for_merging,
     filled_number,
     of_candidates,
     of_params,
@@ -194,16 +195,14 @@ def merge_step(config: ModelConfig, mesh: Mesh, w: Workload, method: str, settin
     tree: dict[str, Any] = {}
     for name in names:
         block, out, inner = config.linears[name]
-        a, b = (w.candidates, config.layers, w.rank, inner), (w.candidates, config.layers, out, w.rank)
-        tree.setdefault(block, {})[name] = {
-            "a": jax.ShapeDtypeStruct(a, jnp.float32, sharding=whole(mesh)),
-            "b": jax.ShapeDtypeStruct(b, jnp.float32, sharding=sharding(mesh, (None, None, "merged", None), b)),
-        }
+        sizes = {"a": (w.rank, inner), "b": (out, w.rank)}
+        pair = {n: jax.ShapeDtypeStruct((w.candidates, config.layers, *s), jnp.float32) for n, s in sizes.items()}
+        tree.setdefault(block, {})[name] = laid(pair, cut_for_merging(mesh, pair))
     tree = {"layers": tree}
     scale = jax.ShapeDtypeStruct((w.candidates,), jnp.float32, sharding=whole(mesh))
 
     def run(tree: PyTree[Any], scale: Any) -> PyTree[Any]:
-        return merge_lora(tree, scale, method, "delta", **settings)
+        return merge_lora(tree, scale, method, "delta", mesh=mesh, **settings)
 
     model = _model(config)
     done = [_merged(config, mesh, name) for name in config.linears if name not in names]

@@ -172,20 +172,15 @@ def gathered(mesh: Mesh, tree: PyTree[jax.Array]) -> PyTree[jax.Array]:
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, whole(mesh)), tree)
 
 
-def cut_for_merging(pair: dict[str, Any]) -> dict[str, Any]:
-    """A linear's factors [N, L, rank, in] and [N, L, out, rank], so that their products [N, L, out, in] lie on all
-    devices by rows, with all N on each: a merge then exchanges no deltas, but what its rule sums.
-
-    As they are where they are on one device, and inside of a program.
-    """
-    mesh = None if isinstance(pair["b"], jax.core.Tracer) else mesh_of(pair)
-    if mesh is None:
-        return pair
-    places = {
-        "a": whole(mesh),
+def cut_for_merging(mesh: Mesh, pair: dict[str, Any]) -> dict[str, NamedSharding]:
+    """Where a linear's factors [N, L, rank, in] and [N, L, out, rank] lie for a merge: on all devices, the first by its
+    columns and the second by its rows, with all N on each. Their products [N, L, out, in], a layer's at a time, for
+    which that layer's part of the first is gathered, then lie on all devices by rows: a merge exchanges no deltas, but
+    what its rule sums."""
+    return {
+        "a": sharding(mesh, (None, None, None, "merged"), pair["a"].shape),
         "b": sharding(mesh, (None, None, "merged", None), pair["b"].shape),
     }
-    return put(pair, places)
 
 
 def row_shards(mesh: Mesh | None, candidates: int, rows: int) -> int:

@@ -18,8 +18,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, PyTree
 
+from unlearnjax.distributed.mesh import mesh_of
+from unlearnjax.distributed.processes import put
 from unlearnjax.distributed.rules import cut_for_merging
 from unlearnjax.errors import UserError, nearest
 from unlearnjax.merging.api import check_hyperparameters, find_rule, merge_stacked
@@ -67,6 +70,7 @@ def merge_lora(
     key: Array | None = None,
     ranks: Sequence[int] | None = None,
     compress: int | None = None,
+    mesh: Mesh | None = None,
     **hyperparameters: Any,
 ) -> PyTree:
     """Merges a stack of N LoRA adapters.
@@ -84,6 +88,8 @@ def merge_lora(
         weights: [N]. None is `merge`'s default in space "delta"; in "factors" it is 1 each, as PEFT's callers write it
             (for `linear` that makes the step N times the mean's, and adds the cross terms).
         ranks, compress: for space "core", see `core_space`.
+        mesh: the devices that share a merge in space "delta"; default: those that the adapters lie on. (Inside of a
+            program it must be given.)
 
     Returns:
         "delta": {"weight": [L, out, in]} for each linear, float32. "core": a LoRA tree of the ranks' sum or `compress`.
@@ -116,7 +122,7 @@ def merge_lora(
         groups = [[path] for path in linears] if rule.scope == "leaf" else [list(linears)]
         merged: dict[str, Array] = {}
         for paths in groups:
-            deltas = {path: _unformed(path, cut_for_merging(linears[path]), scale) for path in paths}
+            deltas = {path: _unformed(path, linears[path], scale, mesh) for path in paths}
             merged |= merge_stacked(deltas, found, weights=weights, **options, **hyperparameters)
         return nest({path: {"weight": delta} for path, delta in merged.items()})
     return _merge_factors(linears, scale, found, rule, weights, options, hyperparameters)
@@ -248,9 +254,14 @@ def _product(path: str, pair: dict[str, Array], scale: Float32[Array, "*N"]) -> 
     return scaled_product(*_factors(path, pair, scale), scale)
 
 
-def _unformed(path: str, pair: dict[str, Array], scale: Float32[Array, "N"]) -> Product:
+def _unformed(path: str, pair: dict[str, Array], scale: Float32[Array, "N"], mesh: Mesh | None) -> Product:
+    traced = isinstance(pair["b"], jax.core.Tracer)
+    if mesh is None and not traced:
+        mesh = mesh_of(pair)
+    if mesh is not None:
+        pair = (jax.lax.with_sharding_constraint if traced else put)(pair, cut_for_merging(mesh, pair))
     b, a = _factors(path, pair, scale)
-    return Product(a, b, scale)
+    return Product(a, b, scale, mesh)
 
 
 def _factors(

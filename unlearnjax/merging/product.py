@@ -6,17 +6,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float32
+
+from unlearnjax.distributed.rules import gathered
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """scale_i b_i a_i of N candidates: to a merge a leaf [N, L, out, in] of float32, whose first stacked axis is L."""
+    """scale_i b_i a_i of N candidates: to a merge a leaf [N, L, out, in] of float32, whose first stacked axis is L.
+
+    `mesh`: the devices that the factors are cut over as `cut_for_merging` says, where there are several.
+    """
 
     a: Float32[Array, "N L r in"]
     b: Float32[Array, "N L out r"]
     scale: Float32[Array, "N"]
+    mesh: Mesh | None = dataclasses.field(default=None, metadata={"static": True})
 
     dtype = jnp.dtype(jnp.float32)
 
@@ -35,10 +42,13 @@ class Product:
     def layer(self, i: Any) -> Float32[Array, "N out in"]:
         """The deltas of one layer."""
         a, b = (jax.lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False) for x in (self.a, self.b))
-        return scaled_product(b, a, self.scale)
+        return scaled_product(b, self._gathered(a), self.scale)
 
     def all_layers(self) -> Float32[Array, "N L out in"]:
-        return scaled_product(self.b, self.a, self.scale)
+        return scaled_product(self.b, self._gathered(self.a), self.scale)
+
+    def _gathered(self, a: Array) -> Array:
+        return a if self.mesh is None else gathered(self.mesh, a)
 
 
 def is_product(x: object) -> bool:
