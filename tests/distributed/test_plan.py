@@ -16,7 +16,7 @@ from unlearnjax.distributed.mesh import make_mesh
 from unlearnjax.distributed.plan import Compiled, Plan, Tried, Way, compile_program, make_plan, plan_as_plain, render
 from unlearnjax.distributed.programs import Workload, merge_step, training_step
 from unlearnjax.distributed.rules import whole
-from unlearnjax.distributed.topology import CHIPS, chip_of, parse_topology, tpu_devices
+from unlearnjax.distributed.topology import CHIPS, chip_of, known_chip, parse_topology, tpu_devices
 from unlearnjax.errors import UserError
 from unlearnjax.models.abstract import weight_bytes
 from unlearnjax.models.config import ModelConfig, replace
@@ -109,8 +109,10 @@ def test_the_command_needs_no_more_than_a_configuration(tmp_path, capsys):
     assert "generation step: fits" in said and "ties of all linears: fits" in said
     found = json.loads(out.read_text())
     assert found["best"] == "candidate=4" and found["tried"][0]["gib"]["base weights"] > 0
-    assert main([*command, "--topology", "h100-8"]) == 0
-    assert "GPUs by analysis" in capsys.readouterr().out
+    assert found["tried"][0]["way"] == {"remat": "linears", "together": 1, "candidates": 1}
+    assert main([*command, "--topology", "h100-8", "--remat", "full"]) == 0
+    said = capsys.readouterr().out
+    assert "GPUs by analysis" in said and "remat full" in said
 
 
 @pytest.mark.parametrize(
@@ -161,7 +163,7 @@ def test_the_way_that_fits_and_computes_least_comes_first():
     """As memory becomes less: fewer candidates at a time, then whole layers once more; never more than is there."""
     work, sizes = Workload(16), {"fsdp": 8}
     found = []
-    for memory in (80e9, 16e9, 12e9, 9e9, 6.2e9):
+    for memory in (80e9, 16e9, 12e9, 9e9, 7e9):
         chip = EIGHT.chip._replace(memory=memory)
         way, own = best_way(OLMO_7B, work, sizes, chip)
         assert own.held <= 0.9 * memory and own == estimate(OLMO_7B, way, sizes, chip)
@@ -210,6 +212,7 @@ def test_a_device_says_what_it_is():
     assert {kind: chip_of(kind, 8, 7)._replace(memory=0) for kind in kinds} == {
         kind: CHIPS[name]._replace(memory=0) for kind, name in kinds.items()
     }
+    assert known_chip("NVIDIA H100 PCIe") is None and known_chip("something") is None  # whose rates are not known
     assert chip_of("NVIDIA H100 80GB HBM3", 64, 7).link == 50e9 and chip_of("TPU v6e", 64, 7).memory == 7
 
 

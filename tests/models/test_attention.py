@@ -1,13 +1,12 @@
 """The fused kernel's place: the same numbers where the mask is the causal one, and nowhere else."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.models.test_decoder import CONFIG, FAMILY_CONFIGS, TOKENS
+from unlearnjax.models import attention, layers
 from unlearnjax.models.abstract import init_params
 from unlearnjax.models.attention import attend, attend_causally, flash_suits
 from unlearnjax.models.decoder import build
@@ -25,6 +24,7 @@ def asked(monkeypatch):
         return KERNEL(*arrays, implementation="xla", **more)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
+    monkeypatch.setattr(layers, "FLASH_LEAST", TOKENS.shape[1])
     return calls
 
 
@@ -53,6 +53,7 @@ def test_it_is_taken_where_nothing_but_order_hides_a_key(key, asked, unroll):
     segments = jnp.ones_like(TOKENS).at[:, 0].set(0)
     np.testing.assert_array_equal(forward(fused, segments=segments).hidden, forward(plain, segments=segments).hidden)
     forward(fused, cache=fused.init_cache(*TOKENS.shape, jnp.float32))
+    fused.forward(params, None, TOKENS[:, 1:])  # too short
     assert asked == []
 
 
@@ -64,16 +65,24 @@ def test_a_sliding_window_is_no_causal_mask(key, asked):
     assert asked == []
 
 
-def test_it_suits_gpus_alone(monkeypatch):
-    assert not flash_suits(128, jnp.dtype("bfloat16"))
+def test_it_suits_gpus_alone_that_compile_it(monkeypatch, asked):
+    half = jnp.dtype("bfloat16")
+    assert not flash_suits(128, half, [256])
 
     class Device:
         platform, compute_capability = "gpu", "9.0"
         client = type("Client", (), {"platform_version": "PJRT C API cuda 13000"})
 
-    monkeypatch.setattr(jax, "devices", lambda: [Device])
-    suits = functools.partial(flash_suits, 128)
-    assert suits(jnp.dtype("bfloat16")) and not suits(jnp.dtype("float32"))
-    assert not flash_suits(256, jnp.dtype("bfloat16")) and not flash_suits(20, jnp.dtype("bfloat16"))
+    monkeypatch.setattr(attention, "_device", lambda: Device)
+    with jax.numpy_dtype_promotion("standard"):  # for JAX's own code
+        assert flash_suits(128, half, [256, 64]) and len(asked) == 1  # short rows do not ask it
+    assert not flash_suits(128, jnp.dtype("float32"), [256]) and not flash_suits(128, half, [64])
+    assert not flash_suits(256, half, [256]) and not flash_suits(20, half, [256])
+
+    def missing(*arrays, **more):
+        raise RuntimeError("cuDNN is not detected.")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", missing)
+    assert not flash_suits(128, half, [264])
     Device.compute_capability = "7.5"
-    assert not suits(jnp.dtype("bfloat16"))
+    assert not flash_suits(128, half, [256])

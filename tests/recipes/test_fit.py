@@ -1,16 +1,18 @@
 """Candidates that do not fit together train in turns, and come out as if they had."""
 
+import jax
 import numpy as np
 import pytest
 
 from tests.recipes.test_mesh import LORA, numbers
 from unlearnjax.distributed.choose import ways
-from unlearnjax.distributed.estimate import estimate
+from unlearnjax.distributed.estimate import estimate, tokens_of
 from unlearnjax.distributed.programs import Workload
 from unlearnjax.distributed.topology import CHIPS
 from unlearnjax.io.safetensors import open_file
+from unlearnjax.models import layers
 from unlearnjax.models.abstract import weight_bytes
-from unlearnjax.recipes import fit
+from unlearnjax.recipes import fit, train_step
 from unlearnjax.recipes import run as module
 from unlearnjax.recipes.fit import way_of, workloads
 from unlearnjax.recipes.parse import recipe_from
@@ -65,18 +67,24 @@ def test_in_turns(world, together, tmp_path, training):
     assert said == []
 
 
-def test_the_way_is_the_recipes_or_the_fastest_that_fits(world, monkeypatch):
+def prepared(world, training=None, **candidates):
     base, _, sources = world
-    data, config = load_data(sources), base.config
+    plain = {**RECIPE, "training": {**RECIPE["training"], **(training or {})}}
+    plain["candidates"] = [{**c, **candidates} for c in RECIPE["candidates"]]
+    recipe = recipe_from(plain, "x")
+    return recipe, prepare(recipe, base, load_data(sources), sources)
+
+
+def test_the_way_is_the_recipes_or_the_fastest_that_fits(world, monkeypatch):
+    config = world[0].config
 
     def found(**training):
-        recipe = recipe_from({**RECIPE, "training": {**RECIPE["training"], **training}}, "x")
-        (group,) = prepare(recipe, base, data, sources)
+        recipe, (group,) = prepared(world, training)
         return way_of(recipe, group, config, "float32", None, 1)
 
     assert found() == (None, None)  # a CPU
     assert found(remat="full", tokens_at_once=7) == ("full", 7)
-    (work,) = workloads(recipe_from(RECIPE, "x"), prepare(recipe_from(RECIPE, "x"), base, data, sources), "float32", 1)
+    (work,) = workloads(*prepared(world), config, "float32", 1)
     held = [estimate(config, way, {}, CHIP).held for way in ways(config, work, {}, CHIP)]
     for memory in (1 << 40, max(held), sum(held) / len(held), min(held) * 1.2):
         chip = CHIP._replace(memory=memory)
@@ -86,6 +94,75 @@ def test_the_way_is_the_recipes_or_the_fastest_that_fits(world, monkeypatch):
         assert own.held <= 0.9 * memory
         assert found(remat="full")[0] == "full" and found(tokens_at_once=7)[1] == 7
     assert (remat, tokens) != (None, None)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "rows"),
+    [
+        ({"micro_batch": 2, "accumulation": 1}, 2),
+        ({"micro_batch": 1, "accumulation": 4}, 4),  # micro-batches that go together
+        (
+            {
+                "micro_batch": 1,
+                "order": "chunked",
+                "order_parameters": {"chunk": 4, "ratio": 3},
+                "objective": "sugd",
+                "schedule": "constant",
+                "warmup_ratio": 0,
+                "accumulation": 1,
+            },
+            4,
+        ),
+        ({"micro_batch": 2, "accumulation": 1, "objective": "rmu"}, 2),
+    ],
+)
+def test_the_closed_form_is_told_a_steps_own_rows(world, monkeypatch, candidates, rows):
+    config = world[0].config
+    recipe, groups = prepared(world, {"layer": 1}, **candidates)
+    for work, group in zip(workloads(recipe, groups, config, "float32", 1), groups, strict=True):
+        step = group.schedule.steps[0]
+        assert work.micro_batch == rows == {x.shape[1] for x in step.rows.values()}.pop()
+        assert tokens_of(work) == sum(x.shape[1] for x in step.rows.values()) * work.length
+    monkeypatch.setattr(fit, "this_chip", lambda devices: CHIP)
+    assert way_of(recipe, groups[0], config, "float32", None, 1)[0] == "none"
+
+
+def test_some_layers_are_judged_by_the_way_that_is_taken(world, monkeypatch):
+    config = world[0].config
+    recipe, (group,) = prepared(world, layers=[1])
+    (work,) = workloads(recipe, [group], config, "float32", 1)
+    assert work.remat == "none" == world[0].model.rebuilt(unroll=True).remat
+    least = min(estimate(config, way, {}, CHIP).held for way in ways(config, work, {}, CHIP))
+    monkeypatch.setattr(fit, "this_chip", lambda devices: CHIP._replace(memory=1.2 * least))
+    remat, tokens = way_of(recipe, group, config, "float32", None, 1)
+    assert (remat, tokens) == ("none", tokens_of(work))  # one at a time
+
+
+@pytest.mark.slow
+def test_a_run_goes_the_way_that_was_chosen(world, together, tmp_path, monkeypatch, fused):
+    (work,) = workloads(*prepared(world), world[0].config, "float32", 1)
+    least = min(estimate(world[0].config, way, {}, CHIP).held for way in ways(world[0].config, work, {}, CHIP))
+    monkeypatch.setattr(fit, "this_chip", lambda devices: CHIP._replace(memory=1.2 * least))
+    report, _ = done(world, tmp_path / "out")
+    way = {"remat": "full", "tokens_at_once": tokens_of(work), "attention": "cuDNN"}
+    assert report["training"]["ways"] == [way] and fused
+    check(tmp_path / "out", report, together)
+    assert together[1]["training"]["ways"] == [{"remat": "none", "tokens_at_once": None, "attention": "XLA"}]
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """The fused kernel's calls, which XLA does here."""
+    calls, kernel = [], jax.nn.dot_product_attention
+
+    def instead(*arrays, implementation, **more):
+        calls.append(implementation)
+        return kernel(*arrays, implementation="xla", **more)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
+    monkeypatch.setattr(layers, "FLASH_LEAST", 1)
+    monkeypatch.setattr(train_step, "flash_suits", lambda *about: True)
+    return calls
 
 
 @pytest.mark.slow

@@ -73,7 +73,7 @@ def as_a_run_does(
     if chip is not None:
         work, _ = best_way(config, work, {} if mesh is None else dict(mesh.shape), chip)
     if flash is None:
-        flash = mesh is None and flash_suits(config.head_dim, jnp.dtype(work.dtype))
+        flash = mesh is None and flash_suits(config.head_dim, jnp.dtype(work.dtype), [work.length])
     return build(config, remat=work.remat, flash=flash), work, flash
 
 
@@ -143,7 +143,8 @@ def measure(
     tokens = candidates * 2 * micro_batch * length
     achieved = step_flops(config, work, recomputed=False) / spread(seconds)["median"] / (mesh.size if mesh else 1)
     rate, peak = matmul_rate(dtype), published_rate(dtype)
-    own = candidates_apart(work, {} if mesh is None else dict(mesh.shape))
+    sizes = {} if mesh is None else dict(mesh.shape)
+    own = candidates_apart(work, sizes)
     return {
         "bench": "train",
         "candidates": candidates,
@@ -154,7 +155,7 @@ def measure(
         "dtype": dtype,
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
         "remat": remat_of(config, work),
-        "together": together(task, own, 2 * micro_batch * length),
+        "together": together(task, own, 2 * micro_batch * length, candidates // own),
         "flash": flash,
         "seconds": spread(seconds),
         "tokens_per_second": float(f"{tokens / spread(seconds)['median']:.4g}"),

@@ -4,10 +4,11 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from unlearnjax.cli.commands import say
 from unlearnjax.errors import UserError
+from unlearnjax.models.config import Remat
 
 DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 
@@ -39,7 +40,7 @@ def add_options(p: argparse.ArgumentParser) -> None:
     q.add_argument("--rank", type=int, default=32, help="of the LoRA adapters (default: 32)")
     q.add_argument("--dropout", type=float, default=0.0, help="on the adapters' inputs (default: 0)")
     text = "what the backward pass recomputes: none, linears or full (default: as a run here would)"
-    q.add_argument("--remat", choices=("none", "linears", "full"), help=text)
+    q.add_argument("--remat", choices=get_args(Remat), help=text)
     q.add_argument("--tokens-at-once", type=int, metavar="N", help="as in a recipe: candidates in groups of so many")
     common(q)
 

@@ -197,7 +197,7 @@ def _out_of_memory(error: Exception) -> bool:
     reason = " ".join(str(error).split())[:300]
     print(
         "unlearnjax: error: a device's memory does not suffice; what was saved is kept, and smaller parts may do: "
-        "fewer candidates at once (a recipe's training: {candidates_at_once: ..., tokens_at_once: ...}), smaller "
+        "a recipe's training: {remat: full, tokens_at_once: 1} (also with --resume), candidates_at_once, smaller "
         f"batches, --dtype bfloat16, or a --mesh with more devices along fsdp or tensor ({reason})",
         file=sys.stderr,
     )

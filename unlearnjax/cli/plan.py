@@ -3,9 +3,11 @@
 import argparse
 import json
 from pathlib import Path
+from typing import get_args
 
 from unlearnjax.cli.commands import mesh_sizes, say
 from unlearnjax.errors import UserError
+from unlearnjax.models.config import Remat
 
 
 def add_options(p: argparse.ArgumentParser) -> None:
@@ -19,7 +21,10 @@ def add_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--rank", type=int, default=32, help="of the LoRAs, which are on all linears (default: 32)")
     p.add_argument("--objective", default="zjuklab", metavar="O", help="what trains (default: zjuklab)")
     p.add_argument("--dtype", default="bfloat16", help="of the base weights (default: bfloat16)")
-    p.add_argument("--tokens-at-once", type=int, metavar="N", help="as in a recipe: candidates in groups of so many")
+    text = "what the backward pass recomputes: none, linears or full (default: what is fastest and fits)"
+    p.add_argument("--remat", choices=get_args(Remat), help=text)
+    text = "as in a recipe: candidates in groups of so many (default: as many at once as fit)"
+    p.add_argument("--tokens-at-once", type=int, metavar="N", help=text)
     text = "tokens of the forget set and of the retain set, each (default: 100000)"
     p.add_argument("--set-tokens", type=int, default=100_000, help=text)
     p.add_argument("--tries", type=int, default=3, help="meshes to compile, where --mesh names none (default: 3)")
@@ -63,8 +68,9 @@ def plan(a: argparse.Namespace) -> None:
     if a.length > config.max_positions:
         raise UserError(f"--length {a.length}: the model's context holds {config.max_positions} tokens")
     work = Workload(
-        a.candidates, a.micro_batch, a.length, a.rank, terms, a.dtype, a.set_tokens, tokens_at_once=a.tokens_at_once
-    )
+        a.candidates, a.micro_batch, a.length, a.rank, terms, a.dtype, a.set_tokens, tokens_at_once=a.tokens_at_once,
+        remat=a.remat,
+    )  # fmt: skip
     sizes = mesh_sizes(a)
     if topology.chip.tpu:
         progress = (lambda _: None) if a.quiet else say

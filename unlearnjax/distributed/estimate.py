@@ -23,7 +23,7 @@ from unlearnjax.distributed.rules import cut_by
 from unlearnjax.distributed.topology import Chip
 from unlearnjax.models.config import ModelConfig, Remat
 from unlearnjax.models.decoder import UNROLLED, default_remat
-from unlearnjax.objectives.objective import objective
+from unlearnjax.objectives.objective import TERMS, sides_of
 
 
 class Estimate(NamedTuple):
@@ -45,7 +45,7 @@ def _linears(config: ModelConfig) -> tuple[int, int]:
 
 def tokens_of(w: Workload) -> int:
     """Of one candidate in a step."""
-    return len(objective(w.terms).sides) * w.micro_batch * w.length
+    return len(sides_of(TERMS[name] for name in w.terms)) * w.micro_batch * w.length
 
 
 def step_flops(config: ModelConfig, w: Workload, recomputed: bool = True) -> float:
@@ -93,7 +93,8 @@ def _kept(config: ModelConfig, w: Workload, tensor: int) -> float:
     if remat_of(config, w) == "full":
         return hidden
     if remat_of(config, w) == "linears":
-        return 2 * hidden + (asked + wide) / tensor + len(config.linears) * w.rank
+        ends = 2 if config.norms == "before" else 3  # a norm of what ends a layer reads that once more
+        return ends * hidden + (asked + wide) / tensor + len(config.linears) * w.rank
     return _busy(config, w, tensor)
 
 
@@ -113,9 +114,12 @@ def estimate(config: ModelConfig, w: Workload, sizes: Mapping[str, int], chip: C
     rows = math.prod([sizes[axis] for axis in cut_by("rows", tokens_of(w) // w.length, sizes)])
     flops = step_flops(config, w) * own / w.candidates / (rows * tensor)
     embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
-    # Float32, cut along their long axis too. A group's gradients are whole before they are added.
+    # Float32, cut along their long axis too. A group's gradients are whole before they are added; and where there are
+    # several groups, what they start from and what they end with are not in one place.
     one = 4 * adapter * w.rank / (fsdp * tensor)
     states = w.copies * own * one + group * one
+    if group < own:
+        states += (1 if chip.tpu else 2) * own * one
     tokens = group * tokens_of(w) / rows  # on a device at once
     passes = (3 if remat_of(config, w) == "full" else 2) * -(-own // group)
     sent = passes * (base + embeddings) * width / tensor * (fsdp - 1) / fsdp
@@ -127,7 +131,7 @@ def estimate(config: ModelConfig, w: Workload, sizes: Mapping[str, int], chip: C
     held += w.set_tokens * config.hidden_size * 4 / (fsdp * tensor)
     if fsdp > 1:  # two layers' weights, or an embedding, gathered
         held += max(2 * base / config.layers, config.vocab_size * config.hidden_size) * width / tensor
-    products, links = flops / chip.flops, sent / chip.link
+    products, links = flops / chip.flops + passes * config.layers * chip.layer, sent / chip.link
     return Estimate(flops, sent, held, max(products, links), products + links)
 
 

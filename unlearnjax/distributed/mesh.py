@@ -124,6 +124,8 @@ def choose_mesh(
     """
     if isinstance(sizes, Mesh):
         return sizes if sizes.size > 1 else None
+    # Before anything else is asked of all: a process that was told its mesh would not answer.
+    require_same({"--mesh": None if sizes is None else describe_sizes(sizes)})
     if sizes is None:
         if jax.default_backend() == "cpu" and jax.process_count() == 1:
             return None
@@ -132,7 +134,6 @@ def choose_mesh(
             sizes = best(jax.device_count(), memory)
         else:
             sizes = default_sizes(jax.device_count(), candidates, weight_bytes, memory, rows)
-    require_same({"--mesh": describe_sizes(sizes)})
     mesh = make_mesh(sizes)
     return mesh if mesh.size > 1 else None
 

@@ -22,7 +22,7 @@ from unlearnjax.distributed.programs import (
     merge_step,
     training_step,
 )
-from unlearnjax.distributed.topology import Chip, Topology, tpu_devices
+from unlearnjax.distributed.topology import JAX_SHARE, Chip, Topology, tpu_devices
 from unlearnjax.errors import UserError
 from unlearnjax.models.config import ModelConfig
 
@@ -293,7 +293,7 @@ def by_analysis(
     config: ModelConfig, topology: Topology, w: Workload, sizes: Mapping[str, int] | None
 ) -> dict[str, Any]:
     """For GPUs, which nothing here compiles for: the closed forms of `estimate` of the mesh that they call best."""
-    chip = topology.chip
+    chip = topology.chip._replace(memory=JAX_SHARE * topology.chip.memory)
     if sizes is None:
         sizes = meshes(config, w, topology.devices, chip)[0]
     check_sizes(sizes, topology.devices)
@@ -328,7 +328,7 @@ def render(plain: Mapping[str, Any]) -> str:
 def _rendered_estimate(plain: Mapping[str, Any]) -> list[str]:
     word = "should fit" if plain["fits"] else "should not fit"
     return [
-        "GPUs by analysis: closed forms, nothing was compiled",
+        f"GPUs by analysis: closed forms, nothing was compiled; {JAX_SHARE:.0%} of the memory is JAX's by default",
         f"  {word}: about {plain['gib']['total']} of {plain['gib']['available']} GiB",
         f"  step: {plain['flops']:.3g} FLOPs, {plain['sent']:.3g} bytes sent; about "
         f"{1000 * max(plain['seconds'].values()):.3g} ms at the chip's limits",

@@ -127,7 +127,7 @@ def _store(mesh: Mesh, w: Workload, needs: frozenset[str], hidden: int) -> Store
 
 def training_step(config: ModelConfig, mesh: Mesh, w: Workload) -> Program:
     """One step of all candidates' LoRAs on all linears, which ends an update."""
-    model, wanted = _model(config, w.remat), objective(w.terms)
+    model, wanted = _model(config, w.remat), objective(w.terms, config.layers)
     adapter = lora(config, tuple(config.linears), w.rank)
     at_once = ALL_AT_ONCE if w.tokens_at_once is None else w.tokens_at_once
     task = Task(model, adapter, wanted, True, at_once, mesh=mesh)

@@ -12,13 +12,15 @@ from unlearnjax.errors import UserError, nearest
 
 class Chip(NamedTuple):
     """One device. `link`: bytes per second that it sends along one axis of a mesh: of a TPU's torus the two links of
-    one axis, of GPUs all of NVLink."""
+    one axis, of GPUs all of NVLink. `layer`: seconds that a group of candidates costs in each pass through a layer
+    beside its products (OLMo-1B's size on an H100: 1 candidate against 8 and 16; not measured on TPUs)."""
 
     flops: float  # bfloat16, dense, per second
     memory: float  # bytes
     bandwidth: float  # bytes of main memory per second
     link: float
     tpu: bool = True
+    layer: float = 0.0
 
 
 # cloud.google.com/tpu/docs/v5e, v5p, v6e (interconnect: of all ports of a chip, over the torus's axes); NVIDIA's
@@ -27,10 +29,11 @@ CHIPS = {
     "v5e": Chip(197e12, 16 * 2**30, 819e9, 1600e9 / 8 / 2),
     "v5p": Chip(459e12, 95 * 2**30, 2765e9, 4800e9 / 8 / 3),
     "v6e": Chip(918e12, 32 * 2**30, 1600e9, 3200e9 / 8 / 2),
-    "a100": Chip(312e12, 80e9, 2039e9, 300e9, tpu=False),
-    "h100": Chip(989e12, 80e9, 3350e9, 450e9, tpu=False),
-    "h200": Chip(989e12, 141e9, 4800e9, 450e9, tpu=False),
+    "a100": Chip(312e12, 80e9, 2039e9, 300e9, tpu=False, layer=3e-4),
+    "h100": Chip(989e12, 80e9, 3350e9, 450e9, tpu=False, layer=3e-4),
+    "h200": Chip(989e12, 141e9, 4800e9, 450e9, tpu=False, layer=3e-4),
 }
+JAX_SHARE = 0.75  # of a GPU's memory that JAX takes by default (XLA_PYTHON_CLIENT_MEM_FRACTION)
 NODE = 8  # GPUs that NVLink joins
 NETWORK = 400e9 / 8  # bytes per second and GPU between machines, as DGX H100 has it (InfiniBand NDR)
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
@@ -41,8 +44,11 @@ _CORES = ("v5p",)  # whose slices are named by the number of cores, two to a chi
 
 
 def known_chip(kind: str) -> Chip | None:
-    """The chip that a device says it is (`jax.Device.device_kind`); None: it is not in `CHIPS`."""
+    """The chip that a device says it is (`jax.Device.device_kind`); None: it is not in `CHIPS`, whose GPUs are the SXM
+    modules."""
     said = kind.lower().replace("lite", "e").replace(" ", "")
+    if "pcie" in said or "nvl" in said:
+        return None
     found = next((name for name in CHIPS if name in said), "v5p" if "tpuv5" in said else None)
     return None if found is None else CHIPS[found]
 

@@ -1,5 +1,9 @@
 """Softmax attention of grouped queries, on arrays; scores and softmax are float32."""
 
+import functools
+from collections.abc import Iterable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -38,13 +42,39 @@ def attend(
     return jax.lax.map(row, (query, key, value, None if mask.shape[0] == 1 else mask), batch_size=block)
 
 
-def flash_suits(head_dim: int, dtype: jnp.dtype) -> bool:
-    """Whether JAX's default device has cuDNN's fused attention for such heads: NVIDIA GPUs from Ampere on."""
-    device = jax.devices()[0]
+FLASH_LEAST = 128  # tokens of a row below which scores are few, and XLA forms them
+
+
+def flash_suits(head_dim: int, dtype: jnp.dtype, lengths: Iterable[int]) -> bool:
+    """Whether JAX's default device can take cuDNN's fused attention, forward and backward, for rows of these lengths:
+    NVIDIA GPUs from Ampere on, bfloat16 or float16, a cuDNN that compiles it. Rows below FLASH_LEAST do not ask it."""
+    device = _device()
     if device.platform != "gpu" or "cuda" not in device.client.platform_version:
         return False
     major = int(str(device.compute_capability).split(".")[0])
-    return major >= 8 and dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
+    if major < 8 or dtype not in (jnp.bfloat16, jnp.float16) or head_dim % 8 or head_dim > 128:
+        return False
+    asked = sorted({n for n in lengths if n >= FLASH_LEAST})
+    return bool(asked) and all(_compiles(head_dim, jnp.dtype(dtype).name, n) for n in asked)
+
+
+def _device() -> Any:
+    return jax.devices()[0]
+
+
+@functools.cache
+def _compiles(head_dim: int, dtype: str, length: int) -> bool:
+    x = jax.ShapeDtypeStruct((1, 1, 1, length, head_dim), dtype)
+    key, value = (jax.ShapeDtypeStruct((1, 1, *tail), dtype) for tail in ((head_dim, length), (length, head_dim)))
+
+    def total(query: Array, key: Array, value: Array) -> Array:
+        return attend_causally(query, key, value, 1.0).astype(jnp.float32).sum()
+
+    try:
+        jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(x, key, value).compile()
+    except Exception:  # cuDNN is missing, too old, or has no kernel for it: each says so in its own way
+        return False
+    return True
 
 
 def attend_causally(

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import flax.linen as nn
 import jax
@@ -264,15 +264,24 @@ def build(
         layers are unrolled, else `full`.
       scores_at_once: attention goes through the rows in blocks of about so many scores. Default: all rows at once,
         but CPU_SCORES_AT_ONCE where JAX's default device is a CPU.
-      flash: attention by cuDNN's fused kernel where it can be: bfloat16 or float16 on a GPU, without segments, cache
-        or sliding window. It forms no scores in memory.
+      flash: attention by cuDNN's fused kernel, which forms no scores in memory, where it can be: without segments,
+        cache or sliding window, for rows of FLASH_LEAST tokens or more. The caller asks `flash_suits` before.
+
+    Raises:
+      ValueError: another `remat`.
     """
     unroll = config.layers <= UNROLLED if unroll is None else unroll
-    remat = remat or default_remat(unroll)
+    remat = default_remat(unroll) if remat is None else remat
+    if remat not in get_args(Remat):
+        raise ValueError(f"build: remat is one of {', '.join(get_args(Remat))}, not {remat!r}")
     if scores_at_once is None and jax.default_backend() == "cpu":
         scores_at_once = CPU_SCORES_AT_ONCE
     run = functools.partial(forward, config, unroll, remat, scores_at_once, flash)
     cache = functools.partial(init_cache, config, unroll)
     split = functools.partial(apart, config, unroll)
-    whole = functools.partial(build, config, unroll=True, remat=remat, scores_at_once=scores_at_once, flash=flash)
-    return Model(config, run, functools.partial(abstract_params, config), head, cache, split, whole)
+    rebuilt = functools.partial(
+        build, config, unroll=unroll, remat=remat, scores_at_once=scores_at_once, flash=flash
+    )  # fmt: skip
+    return Model(
+        config, run, functools.partial(abstract_params, config), head, cache, split, rebuilt, remat, flash
+    )  # fmt: skip

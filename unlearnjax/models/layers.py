@@ -7,7 +7,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from unlearnjax.models.abstract import name_key
-from unlearnjax.models.attention import attend, attend_causally
+from unlearnjax.models.attention import FLASH_LEAST, attend, attend_causally
 from unlearnjax.models.cache import Slots, extend
 from unlearnjax.models.config import ModelConfig
 from unlearnjax.models.precision import precision
@@ -143,7 +143,7 @@ class Attention(nn.Module):
         if slots is not None:
             slots, keys, values = extend(slots, keys, values)
             at_once = at_once if keys.shape[3] == x.shape[1] else None  # blocks of a cache's rows would be copies
-        if self.flash and at is None:
+        if self.flash and at is None and x.shape[1] >= FLASH_LEAST:
             mixed = attend_causally(grouped, keys, values, c.attention_scale)
         else:
             mixed = attend(grouped, keys, values, mask, c.attention_scale, at_once)

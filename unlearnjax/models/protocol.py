@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Array, Bool, Float, PyTree
 
 from unlearnjax.models.cache import Cache
-from unlearnjax.models.config import ModelConfig
+from unlearnjax.models.config import ModelConfig, Remat
 
 
 class Variables(NamedTuple):
@@ -82,7 +82,8 @@ class Model(NamedTuple):
       spread: where arrays lie among devices.
     `init_cache(batch, slots, dtype)`: an empty cache.
     `apart(tree, axis=0)`: base weights or an adapter as a loop over calls wants them. `forward` takes them too.
-    `unrolled()`: the same decoder with its layers unrolled, for adapters that give them taken apart.
+    `rebuilt(unroll=, remat=, flash=)`: the same decoder with other choices of `unlearnjax.models.decoder.build`: layers
+      unrolled for adapters that give them taken apart, or another way through the memory. `remat`, `flash`: its own.
     `abstract(dtype)`: the abstract parameter tree. `head(params)`: the output embedding, [vocab, hidden].
     """
 
@@ -92,4 +93,6 @@ class Model(NamedTuple):
     head: Callable[[PyTree], Array]
     init_cache: Callable[[int, int, Any], Cache]
     apart: Callable[..., PyTree]
-    unrolled: Callable[[], "Model"]
+    rebuilt: Callable[..., "Model"]
+    remat: Remat
+    flash: bool

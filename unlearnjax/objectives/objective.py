@@ -53,6 +53,12 @@ SHORTHANDS: dict[str, dict[str, float]] = {
 }
 
 
+def sides_of(terms: Iterable[Term]) -> tuple[str, ...]:
+    """The sides that terms read, in a fixed order: of forget and retain, retain last."""
+    read = {side for t in terms for side in (t.side, t.beside)}
+    return tuple(s for s in ("forget", "idk", "retain", "pool") if s in read)
+
+
 class Objective(NamedTuple):
     """The terms of a run, in a fixed order.
 
@@ -64,8 +70,8 @@ class Objective(NamedTuple):
 
     @property
     def sides(self) -> tuple[str, ...]:
-        """The sides read, in a fixed order: of forget and retain, retain last."""
-        return tuple(s for s in ("forget", "idk", "retain", "pool") if any(s in (t.side, t.beside) for t in self.terms))
+        """`sides_of` its terms."""
+        return sides_of(self.terms)
 
     @property
     def shallow(self) -> bool:

@@ -16,6 +16,7 @@ from unlearnjax.io.card import model_card
 from unlearnjax.recipes.groups import AUTO
 from unlearnjax.recipes.prepare import Data, Sources
 from unlearnjax.recipes.schema import Candidate
+from unlearnjax.recipes.train_step import Trained
 from unlearnjax.report.scores import render_markdown_table
 from unlearnjax.training.loop import Result
 
@@ -54,13 +55,19 @@ def _label(source: str) -> str:
     return Path(source).name if Path(source).expanduser().exists() else source
 
 
-def describe_training(result: Result) -> dict[str, Any]:
-    """How long the training took; the rate leaves out the steps that compiled a program, if there are others."""
+def describe_training(trained: Trained) -> dict[str, Any]:
+    """How long the training took (the rate leaves out the steps that compiled a program, if there are others), and how
+    each group's steps went through the model."""
+    result = trained.result
     rate = result.steady_candidate_steps / result.steady_seconds if result.steady_seconds > 0 else None
     return {
         "seconds": result.seconds,
         "candidate_steps": result.candidate_steps,
         "candidate_steps_per_second": rate,
+        "ways": [
+            {"remat": way.remat, "tokens_at_once": way.tokens_at_once, "attention": "cuDNN" if way.flash else "XLA"}
+            for way in trained.ways
+        ],
     }
 
 

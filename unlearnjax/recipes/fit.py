@@ -13,6 +13,7 @@ from unlearnjax.distributed.programs import Workload
 from unlearnjax.distributed.topology import chip_of
 from unlearnjax.models.abstract import weight_bytes
 from unlearnjax.models.config import ModelConfig, Remat
+from unlearnjax.models.decoder import UNROLLED, default_remat
 from unlearnjax.recipes.prepare import Prepared
 from unlearnjax.recipes.schema import Recipe
 
@@ -33,7 +34,7 @@ def candidates_at_once(
         return None
     sizes = {} if mesh is None else dict(mesh.shape)
     found = []
-    for work in workloads(recipe, groups, dtype, models):
+    for work in workloads(recipe, groups, config, dtype, models):
         most = most_candidates(config, work, sizes, memory)
         if most < work.candidates:
             found.append(most)
@@ -49,27 +50,36 @@ def way_of(
     Args:
       models: see `candidates_at_once`.
     """
-    training = recipe.training
-    chip = this_chip(1 if mesh is None else mesh.size)
-    if chip is None or prepared.group.kind.adapter != "lora" or prepared.group.kind.layers is not None:
+    training, chip = recipe.training, this_chip(1 if mesh is None else mesh.size)
+    if chip is None or prepared.group.kind.adapter != "lora":
         return training.remat, training.tokens_at_once
-    (work,) = workloads(recipe, [prepared], dtype, models)
+    (work,) = workloads(recipe, [prepared], config, dtype, models)
     way, _ = best_way(config, work, {} if mesh is None else dict(mesh.shape), chip)
     return way.remat, way.tokens_at_once
 
 
-def workloads(recipe: Recipe, groups: Sequence[Prepared], dtype: str, models: int) -> list[Workload]:
-    """Of each group of LoRAs, which train together."""
+def rows_of(prepared: Prepared) -> int:
+    """Rows of each side in a candidate's step: of several micro-batches, where these are small."""
+    return int(next(iter(prepared.schedule.steps[0].rows.values())).shape[1])
+
+
+def workloads(
+    recipe: Recipe, groups: Sequence[Prepared], config: ModelConfig, dtype: str, models: int
+) -> list[Workload]:
+    """Of each group of LoRAs, which train together. Those on some layers are taken to be on all, and recompute what the
+    model does by default."""
     found = []
     for prepared in groups:
         if prepared.group.kind.adapter != "lora":
             continue
         own = [recipe.candidates[i] for i in prepared.group.places]
+        every = prepared.group.kind.layers is None
         found.append(Workload(
-            len(own), max(c.micro_batch for c in own), max(step.width for step in prepared.schedule.steps),
+            len(own), rows_of(prepared), max(step.width for step in prepared.schedule.steps),
             max(c.rank for c in own), tuple(t.name for t in prepared.objective.terms), dtype,
             max(int(side.length.sum()) for side in prepared.sides.values()),
-            tokens_at_once=recipe.training.tokens_at_once, remat=recipe.training.remat,
+            tokens_at_once=recipe.training.tokens_at_once,
+            remat=recipe.training.remat if every else default_remat(config.layers <= UNROLLED),
             copies=4 + (recipe.training.keep_best is not None), models=models,
         ))  # fmt: skip
     return found
@@ -92,8 +102,8 @@ def mesh_for(
     Raises:
       UserError: see `choose_mesh`.
     """
-    works = workloads(recipe, groups, dtype, models)
-    rows = min(len(g.objective.sides) * recipe.candidates[i].micro_batch for g in groups for i in g.group.places)
+    works = workloads(recipe, groups, config, dtype, models)
+    rows = min(len(g.objective.sides) * rows_of(g) for g in groups)
 
     def best(devices: int, memory: int) -> Mapping[str, int]:
         return fastest(config, works, devices, chip_of(jax.devices()[0].device_kind, devices, memory))

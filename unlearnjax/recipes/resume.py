@@ -27,6 +27,7 @@ from unlearnjax.training.checkpoint import leaf_names
 CHECKPOINTS = "checkpoints"
 EVALUATION = "evaluation"  # in the folder of checkpoints: the journals of what has been evaluated
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+IN_MEMORY = ("remat", "tokens_at_once")  # of a recipe's training
 AFTERWARDS = ("merges", "search", "evaluation")  # of a recipe, what comes after training
 SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_threefry_partitionable")
 
@@ -109,13 +110,18 @@ def run_fingerprint(
       rows: `data_fingerprint`. model: `model_fingerprint`.
     """
     return {
-        "recipe": {key: own for key, own in recipe.items() if key not in AFTERWARDS},
+        "recipe": {key: _of_weights(key, own) for key, own in recipe.items() if key not in AFTERWARDS},
         "data": dict(rows),
         **model,
         "tokens": [{side: digest_of(_arrays(tokens)) for side, tokens in g.sides.items()} for g in groups],
         "schedule": [_schedule_digest(g.schedule) for g in groups],
         "layers": [[list(own) for own in g.group.layers] for g in groups],
     }
+
+
+def _of_weights(key: str, own: Any) -> Any:
+    """A part of a recipe without what changes the memory and the rounding of a step alone, as other devices do."""
+    return {name: x for name, x in own.items() if name not in IN_MEMORY} if key == "training" else own
 
 
 def model_fingerprint(params: PyTree) -> dict[str, Any]:

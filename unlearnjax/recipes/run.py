@@ -205,7 +205,9 @@ def run(
     check_waypoints(recipe, groups)
     mmlu = None if mmlu_data is None else load_prompts(lm, mmlu_data, mmlu_shots)
     shared, models = None, 1 if gold is None else 2
-    if folder is not None:
+    if folder is None:
+        dtype = lm.params["embed"]["weight"].dtype.name
+    else:
         shared = mesh_for(mesh, recipe, groups, lm.config, dtype, models)
     if recipe.training.candidates_at_once is None:
         if resume and (out / "recipe.yml").exists():
@@ -254,10 +256,9 @@ def run(
         with staged_file(out / "recipe.yml") as path:
             path.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
         waypoints = out / CHECKPOINTS / WAYPOINTS if recipe.training.waypoints else None
-        held = lm.params["embed"]["weight"].dtype.name
         trained = train_candidates(
             lm, groups, recipe, progress=progress, keepers=keepers, stop=stop, waypoints=waypoints,
-            ways=[way_of(recipe, group, lm.config, held, shared, models) for group in groups],
+            ways=[way_of(recipe, group, lm.config, dtype, shared, models) for group in groups],
         )  # fmt: skip
         described_candidates = describe_candidates(recipe.candidates, trained.result, layers, trained.kept)
         if waypoints is not None:
@@ -329,7 +330,7 @@ def finish(
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "unlearnjax": unlearnjax.__version__,
         "hardware": describe_hardware() | ({} if mesh is None else {"mesh": describe_sizes(mesh.shape)}),
-        "training": describe_training(trained.result),
+        "training": describe_training(trained),
         "merges": [describe(m, e, [c.name for c in recipe.candidates]) for m, e in merges],
         "models": models,
         "warnings": [*notes, *more],

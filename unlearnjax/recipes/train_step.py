@@ -15,8 +15,8 @@ from unlearnjax.distributed.processes import fetch
 from unlearnjax.errors import UserError
 from unlearnjax.models.attention import flash_suits
 from unlearnjax.models.config import Remat
-from unlearnjax.models.decoder import build
 from unlearnjax.models.language_model import LanguageModel
+from unlearnjax.models.protocol import Model
 from unlearnjax.recipes.groups import adapters_of
 from unlearnjax.recipes.prepare import Prepared
 from unlearnjax.recipes.schema import Recipe
@@ -29,7 +29,15 @@ from unlearnjax.training.reference import stores_for
 from unlearnjax.training.step import Task
 from unlearnjax.training.waypoints import recorder, waypoint_steps
 
-Way = tuple[Remat | None, int | None]  # what is recomputed, tokens at once
+Way = tuple[Remat | None, int | None]  # what is recomputed, tokens at once; None: by default
+
+
+class Taken(NamedTuple):
+    """How a group's steps went through the model: see `Training`, and `flash` of `unlearnjax.models.decoder.build`."""
+
+    remat: Remat
+    tokens_at_once: int | None
+    flash: bool
 
 
 class Trained(NamedTuple):
@@ -40,6 +48,7 @@ class Trained(NamedTuple):
     result: the history of all N; its states hold no weights any more.
     deltas: of the other candidates, by their place among the N: the change of the weights, float32, in host memory.
     kept: after how many updates each candidate was best, by its place; empty where the last state is what is kept.
+    ways: of each group.
     """
 
     lora: PyTree[Array] | None
@@ -47,6 +56,7 @@ class Trained(NamedTuple):
     result: Result
     deltas: Mapping[int, PyTree[Array]] = MappingProxyType({})
     kept: Mapping[int, int] = MappingProxyType({})
+    ways: Sequence[Taken] = ()
 
 
 def train_candidates(
@@ -71,13 +81,16 @@ def train_candidates(
     """
     results, loras, deltas = [], {}, {}
     kept: dict[int, int] = {}
+    taken = []
     stacked = None
     ordinary = len(groups) == 1 and groups[0].group.kind.layers is None  # trained as the stack that is wanted
     for number, group in enumerate(groups):
         keeper = keepers[number] if keepers else None
         label = "training" if len(groups) == 1 else f"training {number + 1}/{len(groups)}"
-        way = ways[number] if ways else (recipe.training.remat, recipe.training.tokens_at_once)
-        result = _train(model, group, recipe, way, keeper, stop, waypoints, progress, label)
+        remat, tokens_at_once = ways[number] if ways else (recipe.training.remat, recipe.training.tokens_at_once)
+        decoder = _decoder(model, group, remat)
+        taken.append(Taken(decoder.remat, tokens_at_once, decoder.flash))
+        result = _train(model, decoder, tokens_at_once, group, recipe, keeper, stop, waypoints, progress, label)
         best = result.states.best
         trained = result.states.trainable if best == () else best.trainable
         if best != ():
@@ -101,14 +114,30 @@ def train_candidates(
     if loras:
         stacked = _stacked(loras, len(recipe.candidates))
     scale = jnp.asarray([c.alpha / c.rank for c in recipe.candidates], jnp.float32)
-    return Trained(stacked, scale, _together(results, groups), deltas, kept)
+    return Trained(stacked, scale, _together(results, groups), deltas, kept, taken)
+
+
+def _decoder(model: LanguageModel, prepared: Prepared, remat: Remat | None) -> Model:
+    """The model's decoder as a group trains through it."""
+    decoder = model.model
+    if prepared.group.kind.layers is not None:  # adapters of some layers give them taken apart
+        decoder = decoder.rebuilt(unroll=True)
+    elif remat is not None:
+        decoder = decoder.rebuilt(remat=remat)
+    widths = [step.width for step in prepared.schedule.steps]
+    # On a mesh cuDNN's kernel was not tried.
+    alone, dtype = mesh_of(model.params) is None, model.params["embed"]["weight"].dtype
+    if alone and flash_suits(model.config.head_dim, dtype, widths):
+        decoder = decoder.rebuilt(flash=True)
+    return decoder
 
 
 def _train(
     model: LanguageModel,
+    decoder: Model,
+    tokens_at_once: int | None,
     prepared: Prepared,
     recipe: Recipe,
-    way: Way,
     keeper: Keeper | None,
     stop: Stop | None,
     waypoints: Path | None,
@@ -119,14 +148,6 @@ def _train(
     candidates = [recipe.candidates[i] for i in prepared.group.places]
     variants = adapters_of(prepared.group, model.config, recipe.adapter.targets, max(c.rank for c in candidates))
     use_dropout = kind.adapter == "lora" and any(c.dropout > 0 for c in candidates)
-    remat, tokens_at_once = way
-    if kind.layers is None:
-        alone = mesh_of(model.params) is None
-        dtype = model.params["embed"]["weight"].dtype
-        flash = alone and flash_suits(model.config.head_dim, dtype)
-        decoder = build(model.config, remat=remat, flash=flash) if remat or flash else model.model
-    else:  # adapters of some layers give them taken apart
-        decoder = model.model.unrolled()
     task = Task(
         decoder, variants[0][0], prepared.objective, use_dropout, tokens_at_once,
         tuple(variants) if len(variants) > 1 else (), recipe.training.keep_best is not None,

@@ -132,7 +132,10 @@ _REPORT = record(
             },
         ),
         "training": record(
-            {"seconds": number, "candidate_steps": integer, "candidate_steps_per_second": or_null(number)}
+            {"seconds": number, "candidate_steps": integer, "candidate_steps_per_second": or_null(number)},
+            optional={
+                "ways": list_of(record({"remat": string, "tokens_at_once": or_null(integer), "attention": string}))
+            },
         ),
         "candidates": list_of(
             record(

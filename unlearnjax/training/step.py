@@ -136,18 +136,20 @@ def accumulate(
 CPU_TOKENS_AT_ONCE = 4096
 
 
-def together(task: Task, candidates: int, tokens: int) -> int:
+def together(task: Task, candidates: int, tokens: int, devices: int = 1) -> int:
     """How many candidates go through the model at once, in groups of like size.
 
     Args:
-      candidates: N. tokens: of one candidate in the step. The task's `tokens_at_once` bounds a group's tokens, though a
-        group has one candidate at least; None is no bound on accelerators and CPU_TOKENS_AT_ONCE on a CPU.
+      candidates: N, or those that each of `devices` has; then all groups are of one size.
+      tokens: of one candidate in the step. The task's `tokens_at_once` bounds a group's tokens, though a group has one
+        candidate at least; None is no bound on accelerators and CPU_TOKENS_AT_ONCE on a CPU.
     """
     most = task.tokens_at_once
     if most is None:
         most = CPU_TOKENS_AT_ONCE if jax.default_backend() == "cpu" else candidates * tokens
     groups = -(-candidates // max(1, most // tokens))
-    return -(-candidates // groups)
+    group = -(-candidates // groups)
+    return group if devices == 1 else max(d for d in range(1, group + 1) if candidates % d == 0)
 
 
 def mapped(task: Task, one: Callable[..., PyTree], stacked: tuple[PyTree[Array], ...], tokens: int) -> PyTree[Array]:
@@ -157,12 +159,11 @@ def mapped(task: Task, one: Callable[..., PyTree], stacked: tuple[PyTree[Array],
     devices = math.prod(sizes[axis] for axis in cut_by("candidate", candidates, sizes))
     side_by_side = jax.vmap(one, spmd_axis_name=CANDIDATE if devices > 1 else None)
     own = candidates // devices
-    group = together(task, own, tokens)
+    group = together(task, own, tokens, devices)
     if group == own:
         return side_by_side(*stacked)
     if devices == 1:
         return jax.lax.map(lambda x: one(*x), stacked, batch_size=group if group > 1 else None)
-    group = max(d for d in range(1, group + 1) if own % d == 0)
 
     def grouped(x: Array) -> Array:
         x = x.reshape(devices, own // group, group, *x.shape[1:])
