@@ -298,3 +298,9 @@ def test_what_comes_after_training_may_change_on_the_way():
     begun = of(candidates=["a"], merges=["m"], search={"rows": 8}, evaluation={"suite": "official"})
     assert of(candidates=["a"], merges=[], search={"rows": 9}, evaluation={"suite": "full"}) == begun
     assert of(candidates=["b"], merges=["m"], search={"rows": 8}, evaluation={"suite": "official"}) != begun
+
+
+def test_how_a_step_goes_through_the_memory_may_change_on_the_way():
+    of = lambda **training: run_fingerprint({"training": {"seed": 1, **training}}, {}, [], {})  # noqa: E731
+    assert of() == of(remat="full", tokens_at_once=1) == of(remat=None, tokens_at_once=None)
+    assert of() != of(candidates_at_once=2) and of() != of(seed=2)
