@@ -87,14 +87,15 @@ def candidates_together(w: Workload, own: int) -> int:
 
 
 def _kept(config: ModelConfig, w: Workload, tensor: int) -> float:
-    """Numbers that a token leaves for the backward pass in one layer, on a device."""
+    """Numbers that a token leaves for the backward pass in one layer, on a device. XLA cuts what enters a layer along
+    `tensor` to keep it."""
     hidden, wide = config.hidden_size, 2 * config.intermediate_size
     asked = (config.heads + 2 * config.kv_heads) * config.head_dim
     if remat_of(config, w) == "full":
-        return hidden
+        return hidden / tensor
     if remat_of(config, w) == "linears":
-        ends = 2 if config.norms == "before" else 3  # a norm of what ends a layer reads that once more
-        return ends * hidden + (asked + wide) / tensor + len(config.linears) * w.rank
+        ends = 1 if config.norms == "before" else 2  # a norm of what ends a layer reads that once more
+        return ends * hidden + (hidden + asked + wide) / tensor + len(config.linears) * w.rank
     return _busy(config, w, tensor)
 
 
@@ -123,7 +124,8 @@ def estimate(config: ModelConfig, w: Workload, sizes: Mapping[str, int], chip: C
     tokens = group * tokens_of(w) / rows  # on a device at once
     passes = (3 if remat_of(config, w) == "full" else 2) * -(-own // group)
     sent = passes * (base + embeddings) * width / tensor * (fsdp - 1) / fsdp
-    sent += 4 * passes * config.layers * tokens * config.hidden_size * width * (tensor - 1) / tensor
+    # Two sums of activations in each pass through a layer, which XLA forms in float32.
+    sent += 2 * 2 * 4 * passes * config.layers * tokens * config.hidden_size * (tensor - 1) / tensor
     # A layer's adapters are gathered from where they are cut, and their gradients summed to there.
     sent += 2 * own * one * (fsdp * tensor - 1 + (data - 1) / data)
     held = w.models * (base + embeddings) * width / (fsdp * tensor) + states
