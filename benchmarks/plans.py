@@ -172,6 +172,8 @@ def _cell(case: dict[str, Any]) -> str:
 
 def _short(x: float) -> str:
     """Three digits, and no exponent."""
+    if x < 0.0005:
+        return "0"
     return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
 
 
