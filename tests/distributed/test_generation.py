@@ -13,6 +13,7 @@ from unlearnjax.distributed.programs import Workload, generation_step
 from unlearnjax.distributed.rules import filled, filled_number, of_params, row_shards, spread_rows
 from unlearnjax.evaluation import generate as generation
 from unlearnjax.evaluation import nll
+from unlearnjax.evaluation.full import token_stats
 from unlearnjax.evaluation.generate import generate_candidates, places, programs
 from unlearnjax.models.abstract import init_params
 from unlearnjax.models.config import ModelConfig
@@ -111,12 +112,26 @@ def test_without_a_stack_every_device_computes_an_eighth(mesh):
         out["step of fewer rows"] = step(run.keep(state, order, order >= 0))
         counted = spread_rows(params, np.ones(tokens.shape, np.float32))
         out["likelihood"] = flops(nll.program(MODEL, mesh).lower(params, None, *arrays[:2], *counted, count=1))
+        out["statistics"] = flops(token_stats.program(MODEL, mesh).lower(params, None, *arrays[:2], count=1))
         return out
 
     alone, found = works(None), works(mesh)
     assert alone["step of fewer rows"] > 0.4 * alone["step"]
     for name, all_of_it in alone.items():
         assert found[name] < 1.15 * all_of_it / 8, name
+
+
+@pytest.mark.parametrize(("mesh", "count"), [("candidate=2,data=2,fsdp=2", 3), slow("candidate=2,tensor=4", 0)])
+def test_statistics_of_tokens_are_one_devices(mesh, count):
+    draw = np.random.default_rng(2)
+    rows = [draw.integers(0, 64, n).tolist() for n in (30, 12, 25, 3, 17)]
+    found, expected = (
+        token_stats.token_stats_candidates(MODEL, base(m), adapters(count), rows, batch_size=4)
+        for m in (meshed(mesh), None)
+    )
+    assert len(found) == len(expected) == max(count, 1)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("mesh", [slow("data=8"), slow("candidate=8"), "candidate=2,fsdp=4"])

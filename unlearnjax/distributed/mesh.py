@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 from jaxtyping import PyTree
 
-from unlearnjax.distributed.processes import agreed, require_same
+from unlearnjax.distributed.processes import agreed, largest, require_same
 from unlearnjax.errors import UserError, check_known
 
 CANDIDATE, DATA, FSDP, TENSOR = "candidate", "data", "fsdp", "tensor"
@@ -103,6 +103,19 @@ def device_memory() -> int | None:
         return None
     found = agreed(lambda: (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit"))
     return None if found is None else int(found)
+
+
+def free_memory() -> int | None:
+    """Bytes of `device_memory` that are not taken now, on this job's fullest device; None where these do not tell.
+
+    All processes of a job must call it at the same place.
+    """
+    if device_memory() is None:
+        return None
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    free = min(one.get("bytes_limit", 0) - one.get("bytes_in_use", 0) for one in stats)
+    (least,) = largest(-(free // 2**20))  # `largest` is of 32 bits
+    return max(0, -least * 2**20)
 
 
 def choose_mesh(

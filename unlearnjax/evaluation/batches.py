@@ -1,6 +1,6 @@
 """Rows of token ids as padded batches of few shapes: each shape is compiled once, and short rows pay for short ones."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -65,7 +65,14 @@ def check_rows(
 
 
 def batches(
-    rows: Sequence[Sequence[int]], batch_size: int, pad_token_id: int, *, left: bool, widest: int, per_octave: int
+    rows: Sequence[Sequence[int]],
+    batch_size: int,
+    pad_token_id: int,
+    *,
+    left: bool,
+    widest: int,
+    per_octave: int,
+    fits: Callable[[int, int], bool] | None = None,
 ) -> Iterator[Batch]:
     """Yield the rows in batches of similar length, longest first (so that memory runs out at once or never).
 
@@ -73,14 +80,19 @@ def batches(
       left: pad on the left (generation) or on the right.
       widest: no batch is padded beyond this width.
       per_octave: padded widths between a power of two and the next; more is less padding and more to compile.
+      fits: whether so many rows of such a width may run together; where not, the batch is halved, down to one row.
     """
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, not {batch_size}")
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
-        width = min(bucket(len(rows[places[0]]), per_octave), widest)
-        count = min(batch_size, power_of_two(len(places)))
+    start = 0
+    while start < len(order):
+        width = min(bucket(len(rows[order[start]]), per_octave), widest)
+        count = min(batch_size, power_of_two(len(order) - start))
+        while fits is not None and count > 1 and not fits(count, width):
+            count //= 2
+        places = order[start : start + count]
+        start += count
         tokens = np.full((count, width), pad_token_id, np.int32)
         segments = np.zeros((count, width), np.int32)
         lengths = np.ones(count, np.int32)

@@ -23,6 +23,7 @@ from unlearnjax.distributed.rules import filled, row_shards, sharding, spread_of
 from unlearnjax.errors import UserError
 from unlearnjax.evaluation.batches import Batch, batches, check_rows, power_of_two
 from unlearnjax.evaluation.journal import Records, recorded
+from unlearnjax.evaluation.memory import room
 from unlearnjax.models.cache import Cache
 from unlearnjax.models.precision import precision
 from unlearnjax.models.protocol import WHERE_IT_IS, Model, Spread, Variables
@@ -327,7 +328,7 @@ def generate_candidates(
       eos_token_ids: a row ends at any of these; none means that every row runs to max_new_tokens.
       pad_token_id: fills the left of short prompts; any id of the vocabulary, it is never attended to.
       max_new_tokens: the most new tokens of a row, at least 1.
-      batch_size: prompts per batch, per candidate.
+      batch_size: prompts per batch, per candidate; on accelerators fewer where that many do not fit (`memory.room`).
       sampling: draw tokens; default greedy.
       names: the rows' names, for error messages.
       progress: called with the number of continuations that have been finished since the last call.
@@ -366,7 +367,10 @@ def generate_candidates(
         rows = range(len(batch.places))
         return [[produced[n, at, : lengths[n, at]].tolist() for at in rows] for n in range(count)]
 
-    for batch in batches(prompts, batch_size, pad_token_id, left=True, widest=config.max_positions, per_octave=2):
+    fits = room(config, params, count, max_new_tokens)
+    for batch in batches(
+        prompts, batch_size, pad_token_id, left=True, widest=config.max_positions, per_octave=2, fits=fits
+    ):
         for n, found in enumerate(recorded(records, batch, continuations)):
             for row, ids in zip(batch.places, found, strict=True):
                 results[n][row] = ids

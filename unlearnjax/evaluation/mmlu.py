@@ -30,6 +30,7 @@ from unlearnjax.evaluation.batches import Batch, batches, check_rows
 from unlearnjax.evaluation.generate import stack_of_one
 from unlearnjax.evaluation.intervals import wilson_interval
 from unlearnjax.evaluation.journal import Journal, digest, recorded
+from unlearnjax.evaluation.memory import room
 from unlearnjax.models.layers import precision
 from unlearnjax.models.protocol import WHERE_IT_IS, Model, Spread, Variables
 
@@ -187,7 +188,7 @@ def mmlu_candidates(
       params: base weights, shared by the candidates.
       lora: adapters stacked to [N, layers, ...] with the scale folded into `b`; None is the base alone (N = 1).
       prompts: `mmlu_prompts`.
-      batch_size: questions at once, per candidate.
+      batch_size: questions at once, per candidate; on accelerators fewer where that many do not fit.
       progress: called with the number of questions (times N) that have been finished since the last call.
       journal: keeps finished batches; those in it are not computed again.
     """
@@ -208,7 +209,8 @@ def mmlu_candidates(
         return np.asarray(fetch(made))[:, : len(batch.places)].tolist()
 
     # The pad id is never attended to.
-    for batch in batches(prompts.ids, batch_size, 0, left=False, widest=model.config.max_positions, per_octave=4):
+    fits, widest = room(model.config, params, count), model.config.max_positions
+    for batch in batches(prompts.ids, batch_size, 0, left=False, widest=widest, per_octave=4, fits=fits):
         found[:, batch.places] = recorded(records, batch, scores)
         if progress is not None:
             progress(wanted * len(batch.places))

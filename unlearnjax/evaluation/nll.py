@@ -18,6 +18,7 @@ from unlearnjax.errors import UserError
 from unlearnjax.evaluation.batches import Batch, batches, check_rows, name_of
 from unlearnjax.evaluation.generate import stack_of_one
 from unlearnjax.evaluation.journal import Records, recorded
+from unlearnjax.evaluation.memory import room
 from unlearnjax.models.precision import precision
 from unlearnjax.models.protocol import WHERE_IT_IS, Model, Spread, Variables
 
@@ -95,7 +96,7 @@ def token_nll_candidates(
       rows: token ids, at least one each.
       answer_start: the place of each row's first counted token; nothing predicts the token at 0, so 0 means 1. At or
         past the row's end nothing is counted.
-      batch_size: rows per batch, per candidate.
+      batch_size: rows per batch, per candidate; on accelerators fewer where that many do not fit.
       names: the rows' names, for error messages.
       progress: called with the number of rows (times N) that have been finished since the last call.
       records: finished batches of the same work, which are not computed again; gets each further one.
@@ -130,7 +131,8 @@ def token_nll_candidates(
         return np.asarray(fetch(found))[:, : len(batch.places)].tolist()
 
     # The pad id is never attended to and never counted.
-    for batch in batches(rows, batch_size, 0, left=False, widest=config.max_positions, per_octave=4):
+    fits = room(config, params, count)
+    for batch in batches(rows, batch_size, 0, left=False, widest=config.max_positions, per_octave=4, fits=fits):
         total[:, batch.places] = recorded(records, batch, totals)
         if progress is not None:
             progress(wanted * len(batch.places))

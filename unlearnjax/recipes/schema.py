@@ -166,6 +166,7 @@ class Evaluation:
 
     `suite`: `official`, or `full`, which measures what the score hides, on `full_rows` forget rows where they are asked
     again and again, with `full_draws` draws of each.
+    `batch_size`: rows of each model at once; on accelerators fewer where so many do not fit.
     `waypoint_rows`: rows of each split that are asked at each of training's waypoints, evenly of tasks and kinds.
     `candidates`: which of them are evaluated beside base, gold and merges: `all`, `none`, or their names. (Waypoints
     are of all.)

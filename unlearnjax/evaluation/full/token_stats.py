@@ -12,13 +12,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
+from unlearnjax.distributed.mesh import CANDIDATE, mesh_of
 from unlearnjax.distributed.processes import fetch
+from unlearnjax.distributed.rules import filled, spread_of, spread_rows
 from unlearnjax.evaluation.batches import batches, check_rows
+from unlearnjax.evaluation.memory import room
 from unlearnjax.evaluation.nll import LOGITS_AT_ONCE
 from unlearnjax.models.precision import precision
-from unlearnjax.models.protocol import Model
+from unlearnjax.models.protocol import WHERE_IT_IS, Model, Spread
 
 FEWEST = 16  # positions at a time and candidate, however large the vocabulary: fewer would read the head for too little
 
@@ -38,13 +42,14 @@ def batch_stats(
     tokens: Int[Array, "rows length"],
     segments: Int[Array, "rows length"],
     chunk: int,
+    spread: Spread = WHERE_IT_IS,
 ) -> Float[Array, "3 rows predicted"]:
     """One candidate: log-probability, mean and variance at each position but the last, which predicts nothing.
 
     Logits are float32 and of `chunk` positions at a time. (Of positions, not of the vocabulary: with a position's
     whole distribution at hand the variance is a sum of squares, and not a difference that loses its digits.)
     """
-    hidden = model.forward(params, lora, tokens, segments=segments).hidden[:, :-1]
+    hidden = model.forward(params, lora, tokens, segments=segments, spread=spread).hidden[:, :-1]
     flat, targets = hidden.reshape(-1, hidden.shape[-1]), tokens[:, 1:].reshape(-1)
     head = model.head(params)
     count = flat.shape[0]
@@ -69,14 +74,17 @@ def batch_stats(
 
 
 @functools.lru_cache(maxsize=4)
-def program(model: Model) -> Callable[..., Array]:
-    """`batch_stats` mapped over candidates and jitted, once per model object."""
+def program(model: Model, mesh: Mesh | None = None) -> Callable[..., Array]:
+    """`batch_stats` mapped over candidates and jitted, once per model object (and mesh, where there is one)."""
 
     @functools.partial(jax.jit, static_argnames=("count",))
     def run(params: PyTree, lora: PyTree, tokens: Array, segments: Array, *, count: int) -> Array:
         chunk = max(FEWEST, LOGITS_AT_ONCE // (count * model.head(params).shape[0]))
-        one = functools.partial(batch_stats, model, chunk=chunk)
-        return jax.vmap(one, in_axes=(None, 0, None, None), axis_size=count)(params, lora, tokens, segments)
+        one = functools.partial(batch_stats, model, chunk=chunk, spread=spread_of(mesh, count))
+        apart = CANDIDATE if count > 1 else None
+        return jax.vmap(one, in_axes=(None, 0, None, None), axis_size=count, spmd_axis_name=apart)(
+            params, lora, tokens, segments
+        )
 
     return run
 
@@ -98,7 +106,7 @@ def token_stats_candidates(
       params: base weights, shared by the candidates.
       lora: adapters stacked to [N, layers, ...] with the scale folded into `b`; None is the base alone (N = 1).
       rows: token ids, at least one each (a row of a single token has empty arrays).
-      batch_size: rows per batch, per candidate.
+      batch_size: rows per batch, per candidate; on accelerators fewer where that many do not fit.
       names: the rows' names, for error messages.
       progress: called with the number of rows (times N) that have been finished since the last call.
 
@@ -110,15 +118,19 @@ def token_stats_candidates(
     """
     config = model.config
     check_rows(rows, config.vocab_size, config.max_positions, 0, names)
+    wanted = 1 if lora is None else jax.tree.leaves(lora)[0].shape[0]
+    lora = filled(params, lora)
     count = 1 if lora is None else jax.tree.leaves(lora)[0].shape[0]
-    run = program(model)
+    run = program(model, mesh_of(params))
     found: list[dict[int, TokenStats]] = [{} for _ in range(count)]
     # The pad id is never attended to, and what it is given is cut off.
-    for batch in batches(rows, batch_size, 0, left=False, widest=config.max_positions, per_octave=4):
-        stats = fetch(run(params, lora, batch.tokens, batch.segments, count=count))
+    fits = room(config, params, count)
+    for batch in batches(rows, batch_size, 0, left=False, widest=config.max_positions, per_octave=4, fits=fits):
+        arrays = spread_rows(params, batch.tokens, batch.segments, candidates=count)
+        stats = fetch(run(params, lora, *arrays, count=count))
         for n in range(count):
             for at, place in enumerate(batch.places):
                 found[n][place] = TokenStats(*stats[n, :, at, : len(rows[place]) - 1].copy())
         if progress is not None:
-            progress(count * len(batch.places))
-    return [[one[i] for i in range(len(rows))] for one in found]
+            progress(wanted * len(batch.places))
+    return [[one[i] for i in range(len(rows))] for one in found[:wanted]]
