@@ -134,6 +134,19 @@ def test_statistics_of_tokens_are_one_devices(mesh, count):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
+def test_statistics_of_some_positions_at_a_time_send_nothing(monkeypatch):
+    """Each device goes through its own rows' positions, however few of them at a time."""
+    monkeypatch.setattr(token_stats, "LOGITS_AT_ONCE", 1)
+    token_stats.program.cache_clear()
+    mesh = meshed("data=8")
+    rows = [np.zeros((16, 32), np.int32), np.ones((16, 32), np.int32)]
+    arrays = spread_rows(base(mesh), *rows)
+    text = token_stats.program(MODEL, mesh).lower(base(mesh), None, *arrays, count=1).compile().as_text()
+    token_stats.program.cache_clear()
+    assert '"known_trip_count":{"n":"31"}' in text.replace(" ", "")  # of one position of each row
+    assert "all-" not in text
+
+
 @pytest.mark.parametrize("mesh", [slow("data=8"), slow("candidate=8"), "candidate=2,fsdp=4"])
 def test_the_bases_pass_before_training_is_spread_over_all_devices(mesh):
     mesh = meshed(mesh)

@@ -106,16 +106,17 @@ def device_memory() -> int | None:
 
 
 def free_memory() -> int | None:
-    """Bytes of `device_memory` that are not taken now, on this job's fullest device; None where these do not tell.
+    """Bytes of `device_memory` that are not taken now, on this job's fullest device; None where one does not tell.
 
     All processes of a job must call it at the same place.
     """
     if device_memory() is None:
         return None
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    free = min(one.get("bytes_limit", 0) - one.get("bytes_in_use", 0) for one in stats)
-    (least,) = largest(-(free // 2**20))  # `largest` is of 32 bits
-    return max(0, -least * 2**20)
+    told = all("bytes_limit" in one and "bytes_in_use" in one for one in stats)
+    free = min(one["bytes_limit"] - one["bytes_in_use"] for one in stats) if told else 0
+    least, untold = largest(-(free // 2**20), not told)  # `largest` is of 32 bits
+    return None if untold else max(0, -least * 2**20)
 
 
 def choose_mesh(

@@ -1,6 +1,6 @@
 """Rows of token ids as padded batches of few shapes: each shape is compiled once, and short rows pay for short ones."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -72,25 +72,32 @@ def batches(
     left: bool,
     widest: int,
     per_octave: int,
-    fits: Callable[[int, int], bool] | None = None,
+    fitted: Callable[[int, int], int] | None = None,
+    finished: Iterable[Sequence[int]] = (),
 ) -> Iterator[Batch]:
-    """Yield the rows in batches of similar length, longest first (so that memory runs out at once or never).
+    """Yield the rows in batches of similar length, longest first (so that memory of so many rows runs out at once or
+    never).
 
     Args:
       left: pad on the left (generation) or on the right.
       widest: no batch is padded beyond this width.
       per_octave: padded widths between a power of two and the next; more is less padding and more to compile.
-      fits: whether so many rows of such a width may run together; where not, the batch is halved, down to one row.
+      fitted: how many rows run together (those without a place are filler) where so many of such a width are wanted.
+      finished: the places of batches that came of these rows before: they come again, whatever would fit now.
     """
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, not {batch_size}")
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    begun = {places[0]: list(places) for places in finished}
     start = 0
     while start < len(order):
         width = min(bucket(len(rows[order[start]]), per_octave), widest)
         count = min(batch_size, power_of_two(len(order) - start))
-        while fits is not None and count > 1 and not fits(count, width):
-            count //= 2
+        again = begun.get(order[start], [])
+        if again and order[start : start + len(again)] == again:
+            count = len(again)
+        elif fitted is not None:
+            count = fitted(count, width)
         places = order[start : start + count]
         start += count
         tokens = np.full((count, width), pad_token_id, np.int32)

@@ -22,14 +22,13 @@ from unlearnjax.distributed.processes import fetch
 from unlearnjax.distributed.rules import filled, row_shards, sharding, spread_of, spread_rows, whole
 from unlearnjax.errors import UserError
 from unlearnjax.evaluation.batches import Batch, batches, check_rows, power_of_two
-from unlearnjax.evaluation.journal import Records, recorded
-from unlearnjax.evaluation.memory import room
+from unlearnjax.evaluation.journal import Records, finished, recorded
+from unlearnjax.evaluation.memory import SLOT_STEP, room
 from unlearnjax.models.cache import Cache
 from unlearnjax.models.precision import precision
 from unlearnjax.models.protocol import WHERE_IT_IS, Model, Spread, Variables
 
 FIRST_LOOK = 32  # new tokens before the host first looks, and doubling from there. LUME's answers: 7 (qa) or 46 (sc)
-SLOT_STEP = 64  # cache lengths are multiples of this, so that different prompt widths share a program
 SHRINK = 4  # drop ended rows when at most 1/SHRINK of the batch is alive: each size is another program to compile
 CPU_TOKENS_AT_ONCE = 4096  # of the candidates that read their prompts together; more only miss the caches
 
@@ -318,7 +317,7 @@ def generate_candidates(
 ) -> list[list[list[int]]]:
     """Continuations of each prompt by each of N candidates, all candidates in one program.
 
-    The base weights are shared and have no candidates' axis; a batch holds N x batch_size rows of cache.
+    The base weights are shared and have no candidates' axis; a batch holds N x batch_size rows of cache at most.
 
     Args:
       model: the decoder; reuse the object, the compiled programs are kept by it.
@@ -367,10 +366,10 @@ def generate_candidates(
         rows = range(len(batch.places))
         return [[produced[n, at, : lengths[n, at]].tolist() for at in rows] for n in range(count)]
 
-    fits = room(config, params, count, max_new_tokens)
     for batch in batches(
-        prompts, batch_size, pad_token_id, left=True, widest=config.max_positions, per_octave=2, fits=fits
-    ):
+        prompts, batch_size, pad_token_id, left=True, widest=config.max_positions, per_octave=2,
+        fitted=room(config, params, lora, max_new_tokens), finished=finished(records),
+    ):  # fmt: skip
         for n, found in enumerate(recorded(records, batch, continuations)):
             for row, ids in zip(batch.places, found, strict=True):
                 results[n][row] = ids

@@ -4,7 +4,8 @@
                                      the places of its rows, the results of all candidates, and the line's SHA-256
 
 A batch is recorded as soon as it ends and flushed to the disk: kill -9 costs the batch that was under way. Resuming is
-by whole batches, made of the full list of rows: other batches would give other low-order bits. A line that was torn,
+by whole batches, made of the full list of rows: other batches would give other low-order bits. (On an accelerator that
+has less memory left, or more, those that are not recorded may be other ones all the same.) A line that was torn,
 and whatever follows one that was damaged, is done again; so is all of it where the fingerprint differs.
 """
 
@@ -91,6 +92,11 @@ class Placed(Protocol):
 
 
 Work = TypeVar("Work", bound=Placed)
+
+
+def finished(records: Records | None) -> list[tuple[int, ...]]:
+    """The places of each batch that is recorded."""
+    return [] if records is None else list(records.found)
 
 
 def recorded(records: Records | None, batch: Work, run: Callable[[Work], Any]) -> Any:

@@ -4,63 +4,87 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from unlearnjax.data.buckets import round_up
-from unlearnjax.distributed.mesh import FSDP, TENSOR, free_memory, mesh_of
-from unlearnjax.distributed.rules import sharding
+from unlearnjax.distributed.mesh import FSDP, free_memory, mesh_of
+from unlearnjax.distributed.rules import cut_by, row_shards, sharding
 from unlearnjax.models.config import ModelConfig
 from unlearnjax.models.decoder import head
 
 SHARE = 0.8  # of what is free, for one batch
+SLOT_STEP = 64  # cache lengths are multiples of this, so that different prompt widths share a program
 LANES = 128  # a TPU's tiles pad heads to so many numbers
 
 
 def bytes_of_batch(
     config: ModelConfig, mesh: Mesh | None, dtype: Any, candidates: int, rows: int, width: int, new: int = 0
 ) -> float:
-    """What the rows of a batch take on a device, beside the weights: about what TPUs' compiler says, or more.
+    """What the rows of a batch take on a device, beside weights and adapters. (Beside TPUs' compiler: .8 of what that
+    says, or more.)
 
     Args:
       dtype: of activations. candidates: that read the rows, each of them all. width: the tokens that a row is padded
         to. new: tokens to be generated behind them; 0: there is no cache.
     """
+
+    def on_device(name: str, size: int) -> float:
+        sizes = {} if mesh is None else mesh.shape
+        return size / math.prod(sizes[axis] for axis in cut_by(name, size, sizes))
+
     item, shape = jnp.dtype(dtype).itemsize, (candidates, rows)
     own = shape if mesh is None else sharding(mesh, ("candidate", "batch"), shape).shard_shape(shape)
-    fsdp, tensor = (1, 1) if mesh is None else (mesh.shape[FSDP], mesh.shape[TENSOR])
-    keys = 2 * config.kv_heads * config.head_dim
-    wide = 2 * config.intermediate_size + 2 * config.heads * config.head_dim + keys
-    scores = 2 * 4 * config.heads * width
-    row = width * (item * (8 * config.hidden_size + wide / tensor) + scores / tensor)
+    kv_heads, mlp = on_device("kv_heads", config.kv_heads), on_device("mlp", config.intermediate_size)
+    heads = kv_heads * config.heads / config.kv_heads
+    row = width * item * (8 * config.hidden_size + 2 * mlp + 2 * (heads + kv_heads) * config.head_dim)
+    row += 2 * 4 * heads * width * width
     if new:
-        slot = item * config.layers * keys / tensor
+        slot = 2 * item * config.layers * kv_heads * config.head_dim
         # The loop over steps has its own layout of the cache, padded, and copies into it and out of it.
-        loop = (width + new) * slot * (1 + 1.5 * round_up(config.head_dim, LANES) / config.head_dim)
-        row = max(width * slot + row, loop) + 2 * 4 * config.vocab_size
-    layer = sum(out * inner for _, out, inner in config.linears.values())
-    gathered = 2 * item * (layer + config.vocab_size * config.hidden_size) / tensor if fsdp > 1 else 0
-    return math.prod(own) * row + gathered
+        loop = slot * (1 + 1.5 * round_up(config.head_dim, LANES) / config.head_dim)
+        row = max(width * slot + row, round_up(width + new, SLOT_STEP) * loop) + 2 * 4 * config.vocab_size
+    held = math.prod(own) * row
+    if mesh is not None and mesh.shape[FSDP] > 1:  # two layers' weights, and embeddings, gathered
+        layer = sum(out * inner for _, out, inner in config.linears.values()) * mlp / config.intermediate_size
+        held += 2 * item * (layer + on_device("vocab", config.vocab_size) * config.hidden_size)
+    return held
+
+
+def bytes_of_cast(lora: PyTree[Any], dtype: Any) -> int:
+    """What a stack of adapters takes on a device once more, in the dtype of activations."""
+
+    def leaf(x: Any) -> int:
+        shape = x.sharding.shard_shape(x.shape) if hasattr(x, "sharding") else x.shape
+        return math.prod(shape) * jnp.dtype(dtype).itemsize
+
+    return sum(leaf(x) for x in jax.tree.leaves(lora) if x.dtype != dtype)
 
 
 def room(
-    config: ModelConfig, params: PyTree[Array], candidates: int, new: int = 0
-) -> Callable[[int, int], bool] | None:
-    """Says whether so many rows of so many tokens fit beside what is on the devices now; None where these do not tell
-    their memory, as CPUs.
+    config: ModelConfig, params: PyTree[Array], lora: PyTree[Array] | None, new: int = 0
+) -> Callable[[int, int], int] | None:
+    """Says how many rows to take where so many of such a width are wanted: all where they fit beside what is on the
+    devices now, else the most that do; on a mesh these divide among its devices. Where none do, what takes least.
 
-    All processes of a job must call it at the same place.
+    None where devices do not tell their memory, as CPUs. All processes of a job must call it at the same place.
 
     Args:
-      candidates: that read the rows. new: see `bytes_of_batch`.
+      lora: the adapters that are asked, as they lie on the devices; None: the base alone. new: see `bytes_of_batch`.
     """
     free = free_memory()
     if free is None:
         return None
     mesh, dtype = mesh_of(params), head(params).dtype
+    count = 1 if lora is None else jax.tree.leaves(lora)[0].shape[0]
+    allowed = SHARE * free - bytes_of_cast(lora, dtype)
+    shards = 1 if mesh is None else row_shards(mesh, count, mesh.size)
 
-    def fits(rows: int, width: int) -> bool:
-        return bytes_of_batch(config, mesh, dtype, candidates, rows, width, new) <= SHARE * free
+    def fitted(rows: int, width: int) -> int:
+        fewer = [shards << i for i in range(rows.bit_length() + 1) if shards << i < rows or i == 0]
+        held = {n: bytes_of_batch(config, mesh, dtype, count, n, width, new) for n in (rows, *reversed(fewer))}
+        return next((n for n in held if held[n] <= allowed), min(held, key=lambda n: held[n]))
 
-    return fits
+    return fitted

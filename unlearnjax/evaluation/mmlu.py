@@ -29,7 +29,7 @@ from unlearnjax.errors import UserError
 from unlearnjax.evaluation.batches import Batch, batches, check_rows
 from unlearnjax.evaluation.generate import stack_of_one
 from unlearnjax.evaluation.intervals import wilson_interval
-from unlearnjax.evaluation.journal import Journal, digest, recorded
+from unlearnjax.evaluation.journal import Journal, digest, finished, recorded
 from unlearnjax.evaluation.memory import room
 from unlearnjax.models.layers import precision
 from unlearnjax.models.protocol import WHERE_IT_IS, Model, Spread, Variables
@@ -209,8 +209,10 @@ def mmlu_candidates(
         return np.asarray(fetch(made))[:, : len(batch.places)].tolist()
 
     # The pad id is never attended to.
-    fits, widest = room(model.config, params, count), model.config.max_positions
-    for batch in batches(prompts.ids, batch_size, 0, left=False, widest=widest, per_octave=4, fits=fits):
+    for batch in batches(
+        prompts.ids, batch_size, 0, left=False, widest=model.config.max_positions, per_octave=4,
+        fitted=room(model.config, params, lora), finished=finished(records),
+    ):  # fmt: skip
         found[:, batch.places] = recorded(records, batch, scores)
         if progress is not None:
             progress(wanted * len(batch.places))

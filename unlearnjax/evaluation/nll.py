@@ -17,7 +17,7 @@ from unlearnjax.distributed.rules import filled, spread_of, spread_rows
 from unlearnjax.errors import UserError
 from unlearnjax.evaluation.batches import Batch, batches, check_rows, name_of
 from unlearnjax.evaluation.generate import stack_of_one
-from unlearnjax.evaluation.journal import Records, recorded
+from unlearnjax.evaluation.journal import Records, finished, recorded
 from unlearnjax.evaluation.memory import room
 from unlearnjax.models.precision import precision
 from unlearnjax.models.protocol import WHERE_IT_IS, Model, Spread, Variables
@@ -131,8 +131,10 @@ def token_nll_candidates(
         return np.asarray(fetch(found))[:, : len(batch.places)].tolist()
 
     # The pad id is never attended to and never counted.
-    fits = room(config, params, count)
-    for batch in batches(rows, batch_size, 0, left=False, widest=config.max_positions, per_octave=4, fits=fits):
+    for batch in batches(
+        rows, batch_size, 0, left=False, widest=config.max_positions, per_octave=4,
+        fitted=room(config, params, lora), finished=finished(records),
+    ):  # fmt: skip
         total[:, batch.places] = recorded(records, batch, totals)
         if progress is not None:
             progress(wanted * len(batch.places))

@@ -253,7 +253,7 @@ def evaluate_candidates(
       mmlu: each candidate's MMLU, measured elsewhere.
       answers: compute the answers' likelihoods too; no official score needs them, and without them `nll` is empty.
       max_new_tokens: the official 256.
-      batch_size: rows per batch and candidate.
+      batch_size: rows per batch and candidate; on accelerators fewer where that many do not fit.
       eos_token_ids: end tokens; default the model's, else the tokenizer's.
       out_folders: N folders for the generations' and losses' CSV files.
       progress: called as (what, rows done, rows in all), counting each candidate's rows.

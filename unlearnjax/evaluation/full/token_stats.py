@@ -46,31 +46,34 @@ def batch_stats(
 ) -> Float[Array, "3 rows predicted"]:
     """One candidate: log-probability, mean and variance at each position but the last, which predicts nothing.
 
-    Logits are float32 and of `chunk` positions at a time. (Of positions, not of the vocabulary: with a position's
-    whole distribution at hand the variance is a sum of squares, and not a difference that loses its digits.)
+    Logits are float32 and of about `chunk` positions at a time. (Of positions, not of the vocabulary: with a position's
+    whole distribution at hand the variance is a sum of squares, and not a difference that loses its digits. And some
+    of each row: the rows may lie on several devices.)
     """
     hidden = model.forward(params, lora, tokens, segments=segments, spread=spread).hidden[:, :-1]
-    flat, targets = hidden.reshape(-1, hidden.shape[-1]), tokens[:, 1:].reshape(-1)
-    head = model.head(params)
-    count = flat.shape[0]
-    chunk = min(chunk, count)
-    filler = -count % chunk
+    targets, head = tokens[:, 1:], model.head(params)
+    rows, count = targets.shape
+    width = min(max(1, chunk // rows), count)
+    filler = -count % width
 
     def some(part: tuple[Array, Array]) -> Array:
         x, target = part
-        contract = (((1,), (1,)), ((), ()))
+        contract = (((2,), (1,)), ((), ()))
         logits = jax.lax.dot_general(
             x, head, contract, precision=precision(x.dtype), preferred_element_type=jnp.float32
         )
-        log_p = jax.nn.log_softmax(logits, axis=1)
+        log_p = jax.nn.log_softmax(logits, axis=2)
         p = jnp.exp(log_p)
-        mean = jnp.sum(p * log_p, axis=1)
-        variance = jnp.sum(p * jnp.square(log_p - mean[:, None]), axis=1)
-        return jnp.stack([jnp.take_along_axis(log_p, target[:, None], axis=1)[:, 0], mean, variance])
+        mean = jnp.sum(p * log_p, axis=2)
+        variance = jnp.sum(p * jnp.square(log_p - mean[..., None]), axis=2)
+        return jnp.stack([jnp.take_along_axis(log_p, target[..., None], axis=2)[..., 0], mean, variance])
 
-    parts = jnp.pad(flat, ((0, filler), (0, 0))).reshape(-1, chunk, flat.shape[1])
-    found = jax.lax.map(some, (parts, jnp.pad(targets, (0, filler)).reshape(-1, chunk)))
-    return jnp.moveaxis(found, 1, 0).reshape(3, -1)[:, :count].reshape(3, *hidden.shape[:2])
+    def parted(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, filler), *((0, 0),) * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(rows, -1, width, *x.shape[2:]), 1, 0)
+
+    found = jax.lax.map(some, (parted(hidden), parted(targets)))  # [parts, 3, rows, width]
+    return jnp.moveaxis(found, 0, 2).reshape(3, rows, -1)[:, :, :count]
 
 
 @functools.lru_cache(maxsize=4)
@@ -124,8 +127,8 @@ def token_stats_candidates(
     run = program(model, mesh_of(params))
     found: list[dict[int, TokenStats]] = [{} for _ in range(count)]
     # The pad id is never attended to, and what it is given is cut off.
-    fits = room(config, params, count)
-    for batch in batches(rows, batch_size, 0, left=False, widest=config.max_positions, per_octave=4, fits=fits):
+    fitted = room(config, params, lora)
+    for batch in batches(rows, batch_size, 0, left=False, widest=config.max_positions, per_octave=4, fitted=fitted):
         arrays = spread_rows(params, batch.tokens, batch.segments, candidates=count)
         stats = fetch(run(params, lora, *arrays, count=count))
         for n in range(count):
