@@ -12,7 +12,7 @@ from unlearnjax.distributed.mesh import make_mesh, parse_mesh
 from unlearnjax.distributed.programs import Workload, generation_step
 from unlearnjax.distributed.rules import filled, filled_number, of_params, row_shards, spread_rows
 from unlearnjax.evaluation import generate as generation
-from unlearnjax.evaluation import nll
+from unlearnjax.evaluation import mmlu, nll
 from unlearnjax.evaluation.full import token_stats
 from unlearnjax.evaluation.generate import generate_candidates, places, programs
 from unlearnjax.models.abstract import init_params
@@ -121,17 +121,31 @@ def test_without_a_stack_every_device_computes_an_eighth(mesh):
         assert found[name] < 1.15 * all_of_it / 8, name
 
 
-@pytest.mark.parametrize(("mesh", "count"), [("candidate=2,data=2,fsdp=2", 3), slow("candidate=2,tensor=4", 0)])
-def test_statistics_of_tokens_are_one_devices(mesh, count):
+@pytest.mark.parametrize(
+    ("mesh", "count"),
+    [
+        ("candidate=2,data=2,fsdp=2", 3), slow("candidate=2,tensor=4", 0), slow("data=8", 1), slow("fsdp=8", 2),
+        slow("candidate=4,data=2", 4), slow("candidate=2,fsdp=2,tensor=2", 3), slow("data=2,fsdp=2,tensor=2", 0),
+    ],
+)  # fmt: skip
+def test_likelihoods_statistics_and_letters_are_one_devices(mesh, count, monkeypatch):
     draw = np.random.default_rng(2)
     rows = [draw.integers(0, 64, n).tolist() for n in (30, 12, 25, 3, 17)]
-    found, expected = (
-        token_stats.token_stats_candidates(MODEL, base(m), adapters(count), rows, batch_size=4)
-        for m in (meshed(mesh), None)
-    )
-    assert len(found) == len(expected) == max(count, 1)
+    asked = mmlu.Prompts(rows, [str(i) for i in range(5)], [3, 4, 5, 6], [0, 1, 2, 3, 0], ["x"] * 5, 0)
+
+    def measured(mesh):
+        params, stack = base(mesh), adapters(count)
+        monkeypatch.setattr(mmlu, "_scores", lambda found, prompts: found)  # the letters' log-probabilities
+        return {
+            "likelihoods": nll.token_nll_candidates(MODEL, params, stack, rows, [2, 5, 1, 1, 9], batch_size=4).mean,
+            "statistics": token_stats.token_stats_candidates(MODEL, params, stack, rows, batch_size=4),
+            "letters": mmlu.mmlu_candidates(MODEL, params, stack, asked, batch_size=4),
+        }
+
+    found, expected = measured(meshed(mesh)), measured(None)
+    assert len(found["letters"]) == len(expected["letters"]) == max(count, 1)
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
 
 
 def test_statistics_of_some_positions_at_a_time_send_nothing(monkeypatch):
