@@ -133,9 +133,10 @@ def test_likelihoods_statistics_and_letters_are_one_devices(mesh, count, monkeyp
     rows = [draw.integers(0, 64, n).tolist() for n in (30, 12, 25, 3, 17)]
     asked = mmlu.Prompts(rows, [str(i) for i in range(5)], [3, 4, 5, 6], [0, 1, 2, 3, 0], ["x"] * 5, 0)
 
+    monkeypatch.setattr(mmlu, "_scores", lambda found, prompts: found)  # the letters' log-probabilities
+
     def measured(mesh):
         params, stack = base(mesh), adapters(count)
-        monkeypatch.setattr(mmlu, "_scores", lambda found, prompts: found)  # the letters' log-probabilities
         return {
             "likelihoods": nll.token_nll_candidates(MODEL, params, stack, rows, [2, 5, 1, 1, 9], batch_size=4).mean,
             "statistics": token_stats.token_stats_candidates(MODEL, params, stack, rows, batch_size=4),

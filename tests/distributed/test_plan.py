@@ -11,7 +11,7 @@ from unlearnjax.cli.main import main
 from unlearnjax.distributed import plan
 from unlearnjax.distributed.choose import best_way, fastest, meshes, most_candidates, ways
 from unlearnjax.distributed.costs import Costs
-from unlearnjax.distributed.estimate import candidates_together, estimate, merge_held, step_flops
+from unlearnjax.distributed.estimate import candidates_together, estimate, merge_held, step_flops, tokens_of
 from unlearnjax.distributed.mesh import make_mesh
 from unlearnjax.distributed.plan import Compiled, Plan, Tried, Way, compile_program, make_plan, plan_as_plain, render
 from unlearnjax.distributed.programs import Workload, merge_step, training_step
@@ -179,6 +179,9 @@ def test_the_way_that_fits_and_computes_least_comes_first():
     # What is asked for stays.
     asked = work._replace(remat="full", tokens_at_once=4096)
     assert ways(OLMO_7B, asked, sizes, EIGHT.chip) == [asked]
+    # Groups of one size where candidates lie apart, as the step makes them.
+    odd = Workload(14, tokens_at_once=4 * tokens_of(work))
+    assert candidates_together(odd, 14) == 4 and candidates_together(odd, 7) == 1
 
 
 def test_a_mesh_without_room_for_the_merge_comes_after_those_that_have_it():

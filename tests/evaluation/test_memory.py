@@ -89,7 +89,7 @@ def test_fewer_rows_at_once_say_the_same(params, monkeypatch, tmp_path):
             assert sum(calls) == 21 and len(calls) > fewest
         return found
 
-    assert room(CONFIG, params, None) is None  # a CPU does not tell
+    assert room(CONFIG, params, None, 1) is None  # a CPU does not tell
     free = answers("free")
     # Not three of the longest rows without their caches.
     told(monkeypatch, int(bytes_of_batch(CONFIG, None, jnp.float32, 1, 3, 48) / SHARE) - 1)
@@ -140,18 +140,18 @@ def test_rows_divide_among_a_meshs_devices_however_few_fit(monkeypatch):
     stack = {"layers": {"attention": {"q": {"a": jnp.zeros((4, 2, 4, 32)), "b": jnp.zeros((4, 2, 32, 4))}}}}
     told(monkeypatch, 0)
     # Two candidates' halves of the mesh have four devices each; the base alone has all eight.
-    assert [room(CONFIG, params, stack)(rows, 32) for rows in (32, 6, 4, 1)] == [4, 4, 4, 1]
-    assert [room(CONFIG, params, None)(rows, 32) for rows in (32, 8, 3)] == [8, 8, 8]
+    assert [room(CONFIG, params, stack, 4)(rows, 32) for rows in (32, 6, 4, 1)] == [4, 4, 4, 1]
+    assert [room(CONFIG, params, None, 1)(rows, 32) for rows in (32, 8, 3)] == [8, 8, 8]
     one = bytes_of_batch(CONFIG, mesh, jnp.float32, 1, 16, 32)
     told(monkeypatch, int(one / SHARE) + 1)
-    assert [room(CONFIG, params, None)(rows, 32) for rows in (32, 24, 16, 2)] == [16, 16, 16, 2]
-    assert room(CONFIG, params, None)(3, 32) == 8  # three would be whole on each device
+    assert [room(CONFIG, params, None, 1)(rows, 32) for rows in (32, 24, 16, 2)] == [16, 16, 16, 2]
+    assert room(CONFIG, params, None, 1)(3, 32) == 8  # three would be whole on each device
     # In bfloat16 a stack of float32 is there once more.
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     needs = bytes_of_batch(CONFIG, mesh, jnp.bfloat16, 4, 8, 32)
     for more, rows in ((0, 4), (bytes_of_cast(stack, jnp.bfloat16), 8)):
         told(monkeypatch, int((needs + more) / SHARE) + 1)
-        assert room(CONFIG, half, stack)(8, 32) == rows
+        assert room(CONFIG, half, stack, 4)(8, 32) == rows
 
 
 class Device:

@@ -83,6 +83,7 @@ def test_candidates_in_groups_equal_candidates_all_together():
     task = Task(None, None, None, False, 2 * tokens + 1)
     assert [together(task, n, tokens) for n in (1, 2, 3, 4, 5, 8)] == [1, 2, 2, 2, 2, 2]
     assert [together(task._replace(tokens_at_once=x), 8, tokens) for x in (1, 4 * tokens, 5 * tokens)] == [1, 4, 4]
+    assert [together(task._replace(tokens_at_once=4 * tokens), n, tokens, 2) for n in (6, 7, 8)] == [3, 1, 4]
     _, grouped, _ = run(candidates, paces, at_once=2 * tokens)  # a group of two, and one that is left over
     for a, b in zip(whole, grouped):
         assert largest_difference(a, b) <= 1e-6

@@ -143,8 +143,7 @@ def measure(
     tokens = candidates * 2 * micro_batch * length
     achieved = step_flops(config, work, recomputed=False) / spread(seconds)["median"] / (mesh.size if mesh else 1)
     rate, peak = matmul_rate(dtype), published_rate(dtype)
-    sizes = {} if mesh is None else dict(mesh.shape)
-    own = candidates_apart(work, sizes)
+    own = candidates_apart(work, {} if mesh is None else dict(mesh.shape))
     return {
         "bench": "train",
         "candidates": candidates,

@@ -129,12 +129,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--original", metavar="O", help="the model before unlearning, for --evaluate full without --adapter")
     p.add_argument("--gold", metavar="G", help="a model that never saw the forget rows, for --evaluate full")
     p.add_argument("--max-new-tokens", type=int, default=256, help="default: 256, the official value")
-    p.add_argument(
-        "--batch-size",
-        type=int,
-        default=32,
-        help="rows at once, at most (default: 32)",
-    )
+    p.add_argument("--batch-size", type=int, default=32, help="rows at once, at most (default: 32)")
     going_on(p, "evaluation")
     mesh(p)
 

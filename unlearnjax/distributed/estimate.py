@@ -24,6 +24,7 @@ from unlearnjax.distributed.topology import Chip
 from unlearnjax.models.config import ModelConfig, Remat
 from unlearnjax.models.decoder import UNROLLED, default_remat
 from unlearnjax.objectives.objective import TERMS, sides_of
+from unlearnjax.training.step import group_size
 
 
 class Estimate(NamedTuple):
@@ -79,11 +80,9 @@ def candidates_apart(w: Workload, sizes: Mapping[str, int]) -> int:
 
 
 def candidates_together(w: Workload, own: int) -> int:
-    """How many of a device's `own` candidates go through the model at once, as `training.step.together` has it."""
-    if w.tokens_at_once is None:
-        return own
-    groups = -(-own // max(1, w.tokens_at_once // tokens_of(w)))
-    return -(-own // groups)
+    """How many of a device's `own` candidates go through the model at once."""
+    most = own if w.tokens_at_once is None else w.tokens_at_once // tokens_of(w)
+    return group_size(own, most, w.candidates // own)
 
 
 def _kept(config: ModelConfig, w: Workload, tensor: int) -> float:

@@ -15,7 +15,6 @@ from unlearnjax.distributed.processes import fetch
 from unlearnjax.distributed.rules import spread_of, spread_rows
 from unlearnjax.errors import UserError
 from unlearnjax.evaluation.batches import batches, check_rows, name_of, power_of_two
-from unlearnjax.evaluation.generate import stack_of_one
 from unlearnjax.evaluation.memory import room
 from unlearnjax.evaluation.nll import LOGITS_AT_ONCE
 from unlearnjax.models.layers import precision
@@ -112,8 +111,8 @@ def continuation_scores(
     check_rows(seen, model.config.vocab_size, limit, 0, names)
     run = program(model, mesh_of(variables.params))
     total, greedy = np.zeros(len(rows), np.float32), np.zeros(len(rows), bool)
+    fitted = room(model.config, variables.params, variables.lora, 1)
     # The pad id is never attended to. Padding on the left puts all continuations at the end.
-    fitted = room(model.config, variables.params, stack_of_one(variables.lora))
     for batch in batches(seen, batch_size, 0, left=True, widest=limit, per_octave=4, fitted=fitted):
         count, length = batch.tokens.shape
         width = min(power_of_two(max(len(rows[place][1]) for place in batch.places)), length)

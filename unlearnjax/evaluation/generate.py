@@ -368,7 +368,7 @@ def generate_candidates(
 
     for batch in batches(
         prompts, batch_size, pad_token_id, left=True, widest=config.max_positions, per_octave=2,
-        fitted=room(config, params, lora, max_new_tokens), finished=finished(records),
+        fitted=room(config, params, lora, count, max_new_tokens), finished=finished(records),
     ):  # fmt: skip
         for n, found in enumerate(recorded(records, batch, continuations)):
             for row, ids in zip(batch.places, found, strict=True):

@@ -23,8 +23,8 @@ LANES = 128  # a TPU's tiles pad heads to so many numbers
 def bytes_of_batch(
     config: ModelConfig, mesh: Mesh | None, dtype: Any, candidates: int, rows: int, width: int, new: int = 0
 ) -> float:
-    """What the rows of a batch take on a device, beside weights and adapters. (Beside TPUs' compiler: .8 of what that
-    says, or more.)
+    """What the rows of a batch take on a device, beside weights and adapters: with `bytes_of_cast` at least .8 of what
+    TPUs' compiler said of the programs that were tried.
 
     Args:
       dtype: of activations. candidates: that read the rows, each of them all. width: the tokens that a row is padded
@@ -64,7 +64,7 @@ def bytes_of_cast(lora: PyTree[Any], dtype: Any) -> int:
 
 
 def room(
-    config: ModelConfig, params: PyTree[Array], lora: PyTree[Array] | None, new: int = 0
+    config: ModelConfig, params: PyTree[Array], lora: PyTree[Array] | None, candidates: int, new: int = 0
 ) -> Callable[[int, int], int] | None:
     """Says how many rows to take where so many of such a width are wanted: all where they fit beside what is on the
     devices now, else the most that do; on a mesh these divide among its devices. Where none do, what takes least.
@@ -72,19 +72,18 @@ def room(
     None where devices do not tell their memory, as CPUs. All processes of a job must call it at the same place.
 
     Args:
-      lora: the adapters that are asked, as they lie on the devices; None: the base alone. new: see `bytes_of_batch`.
+      lora: the adapters of the candidates that are asked, as they lie on the devices. new: see `bytes_of_batch`.
     """
     free = free_memory()
     if free is None:
         return None
     mesh, dtype = mesh_of(params), head(params).dtype
-    count = 1 if lora is None else jax.tree.leaves(lora)[0].shape[0]
     allowed = SHARE * free - bytes_of_cast(lora, dtype)
-    shards = 1 if mesh is None else row_shards(mesh, count, mesh.size)
+    shards = 1 if mesh is None else row_shards(mesh, candidates, mesh.size)
 
     def fitted(rows: int, width: int) -> int:
         fewer = [shards << i for i in range(rows.bit_length() + 1) if shards << i < rows or i == 0]
-        held = {n: bytes_of_batch(config, mesh, dtype, count, n, width, new) for n in (rows, *reversed(fewer))}
-        return next((n for n in held if held[n] <= allowed), min(held, key=lambda n: held[n]))
+        held = {n: bytes_of_batch(config, mesh, dtype, candidates, n, width, new) for n in (rows, *reversed(fewer))}
+        return next((n for n in held if held[n] <= allowed), min(held, key=held.__getitem__))
 
     return fitted

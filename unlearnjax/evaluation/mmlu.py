@@ -211,7 +211,7 @@ def mmlu_candidates(
     # The pad id is never attended to.
     for batch in batches(
         prompts.ids, batch_size, 0, left=False, widest=model.config.max_positions, per_octave=4,
-        fitted=room(model.config, params, lora), finished=finished(records),
+        fitted=room(model.config, params, lora, count), finished=finished(records),
     ):  # fmt: skip
         found[:, batch.places] = recorded(records, batch, scores)
         if progress is not None:

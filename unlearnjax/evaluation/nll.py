@@ -133,7 +133,7 @@ def token_nll_candidates(
     # The pad id is never attended to and never counted.
     for batch in batches(
         rows, batch_size, 0, left=False, widest=config.max_positions, per_octave=4,
-        fitted=room(config, params, lora), finished=finished(records),
+        fitted=room(config, params, lora, count), finished=finished(records),
     ):  # fmt: skip
         total[:, batch.places] = recorded(records, batch, totals)
         if progress is not None:

@@ -147,7 +147,13 @@ def together(task: Task, candidates: int, tokens: int, devices: int = 1) -> int:
     most = task.tokens_at_once
     if most is None:
         most = CPU_TOKENS_AT_ONCE if jax.default_backend() == "cpu" else candidates * tokens
-    groups = -(-candidates // max(1, most // tokens))
+    return group_size(candidates, most // tokens, devices)
+
+
+def group_size(candidates: int, most: int, devices: int = 1) -> int:
+    """How many of so many candidates go at once, `most` of them (at least 1), in groups of like size; of one size where
+    each of several devices has its own."""
+    groups = -(-candidates // max(1, most))
     group = -(-candidates // groups)
     return group if devices == 1 else max(d for d in range(1, group + 1) if candidates % d == 0)
 

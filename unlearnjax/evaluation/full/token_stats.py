@@ -126,8 +126,8 @@ def token_stats_candidates(
     count = 1 if lora is None else jax.tree.leaves(lora)[0].shape[0]
     run = program(model, mesh_of(params))
     found: list[dict[int, TokenStats]] = [{} for _ in range(count)]
+    fitted = room(config, params, lora, count)
     # The pad id is never attended to, and what it is given is cut off.
-    fitted = room(config, params, lora)
     for batch in batches(rows, batch_size, 0, left=False, widest=config.max_positions, per_octave=4, fitted=fitted):
         arrays = spread_rows(params, batch.tokens, batch.segments, candidates=count)
         stats = fetch(run(params, lora, *arrays, count=count))
